@@ -1,0 +1,1 @@
+"""The spec as code: bytes in, bytes out; no I/O, no clock."""

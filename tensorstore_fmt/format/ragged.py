@@ -1,0 +1,119 @@
+"""Rows of different length in two arrays, as Arrow lists and binaries lie in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import pyarrow as pa
+
+__all__ = ["Ragged"]
+
+
+@dataclass(frozen=True, slots=True)
+class Ragged:
+    """Row i is ``values[offsets[i]:offsets[i + 1]]``.
+
+    ``offsets`` is int64 with one element more than there are rows and begins at 0;
+    ``values`` is int64 (lists) or uint8 (binaries).
+    """
+
+    offsets: np.ndarray
+    values: np.ndarray
+
+    @classmethod
+    def of_ints(cls, rows: Sequence[Sequence[int]]) -> Self:
+        """Build from tuples of integers."""
+        lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+        offsets = np.zeros(len(rows) + 1, np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        values = np.fromiter((v for row in rows for v in row), np.int64, int(offsets[-1]))
+        return cls(offsets, values)
+
+    @classmethod
+    def of_bytes(cls, rows: Sequence[bytes | memoryview]) -> Self:
+        """Build from byte strings."""
+        lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+        offsets = np.zeros(len(rows) + 1, np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        return cls(offsets, np.frombuffer(b"".join(rows), np.uint8))
+
+    @classmethod
+    def empty(cls, rows: int, dtype: type[np.generic]) -> Self:
+        """Build `rows` rows without values."""
+        return cls(np.zeros(rows + 1, np.int64), np.empty(0, dtype))
+
+    @classmethod
+    def of_arrow(cls, column: pa.ListArray | pa.BinaryArray) -> Self:
+        """Take an Arrow list<int64> or binary column; the values are not copied."""
+        if isinstance(column, pa.ListArray):
+            offsets = column.offsets.to_numpy().astype(np.int64)
+            values = column.values.to_numpy(zero_copy_only=True)
+        else:
+            _, offsets_buffer, data = column.buffers()
+            offsets = np.frombuffer(offsets_buffer, np.int32)[
+                column.offset : column.offset + len(column) + 1
+            ].astype(np.int64)
+            values = np.frombuffer(data if data is not None else b"", np.uint8)
+        first = int(offsets[0]) if len(offsets) else 0
+        values = values[first : int(offsets[-1])]
+        return cls(offsets - first if first else offsets, values)
+
+    def to_arrow_list(self) -> pa.ListArray:
+        """Give an Arrow list<int64> column."""
+        return pa.ListArray.from_arrays(
+            pa.array(self.offsets.astype(np.int32)), pa.array(self.values)
+        )
+
+    def to_arrow_binary(self) -> pa.BinaryArray:
+        """Give an Arrow binary column."""
+        return pa.BinaryArray.from_buffers(
+            pa.binary(),
+            len(self),
+            [None, pa.py_buffer(self.offsets.astype(np.int32)), pa.py_buffer(self.values)],
+        )
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.values[self.offsets[row] : self.offsets[row + 1]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Length of each row."""
+        return np.diff(self.offsets)
+
+    def tuple(self, row: int) -> tuple[int, ...]:
+        """Give one row of integers."""
+        return tuple(self[row].tolist())
+
+    def take(self, rows: np.ndarray) -> Ragged:
+        """Give the rows with these numbers, in this order."""
+        lengths = self.lengths[rows]
+        offsets = np.zeros(len(rows) + 1, np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        if offsets[-1] == 0:
+            return Ragged(offsets, self.values[:0])
+        index = np.repeat(self.offsets[:-1][rows] - offsets[:-1], lengths)
+        index += np.arange(offsets[-1])
+        return Ragged(offsets, self.values[index])
+
+    def slice(self, start: int, stop: int) -> Ragged:
+        """Give rows start … stop − 1; the values are not copied."""
+        offsets = self.offsets[start : stop + 1]
+        return Ragged(offsets - offsets[0], self.values[offsets[0] : offsets[-1]])
+
+    @staticmethod
+    def concat(parts: Sequence[Ragged]) -> Ragged:
+        """Put rows of several behind each other."""
+        if len(parts) == 1:
+            return parts[0]
+        shifts = np.cumsum([0, *(int(p.offsets[-1]) for p in parts)])
+        offsets = np.concatenate(
+            [np.zeros(1, np.int64)]
+            + [p.offsets[1:] + shift for p, shift in zip(parts, shifts, strict=False)]
+        )
+        return Ragged(offsets, np.concatenate([p.values for p in parts]))

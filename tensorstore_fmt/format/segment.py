@@ -1,0 +1,405 @@
+"""Segments: immutable index files (spec, "Segment"): header, root, pages, root, header."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import crc32c
+import numpy as np
+
+from tensorstore_fmt.errors import (
+    ChecksumError,
+    FormatError,
+    LimitError,
+    TruncatedError,
+    UnsupportedError,
+)
+from tensorstore_fmt.format import layout, page
+from tensorstore_fmt.format.page import Entries, Series, StoredPage
+
+__all__ = ["Catalog", "Head", "Header", "decode_head", "decode_header", "encode", "recover_head_parts"]
+
+_HEADER = layout.SEGMENT_HEADER
+_CRC = slice(_HEADER.size - 4, _HEADER.size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """What the header of a segment says (spec, "Header")."""
+
+    run_id: bytes
+    key: layout.WriterKey
+    num_workers: int
+    resume_step: int
+    first_flush: int
+    last_flush: int
+    opened_us: int
+    published_us: int
+    complete_through: tuple[int, int, int, int] = (-1, -1, -1, -1)
+    is_closed: bool = False
+    recovers: int = 0
+    required: int = 0
+    file_nbytes: int = 0
+    head_nbytes: int = 0
+    root_crc32c: int = 0
+    root_nbytes: int = 0
+    series: int = 0
+
+    @property
+    def name(self) -> layout.SegmentName:
+        """The file name that belongs to this header."""
+        return layout.SegmentName(
+            key=self.key, last=self.last_flush, count=self.last_flush - self.first_flush + 1
+        )
+
+
+def _pack(header: Header, **sizes: int) -> bytes:
+    def size(field: str) -> int:
+        return sizes.get(field, getattr(header, field))
+
+    data = _HEADER.pack(
+        layout.SEGMENT_MAGIC,
+        layout.MAJOR,
+        layout.MINOR,
+        layout.FLAG_CLOSED if header.is_closed else 0,
+        header.run_id,
+        header.key.writer,
+        header.key.worker,
+        header.key.attempt,
+        header.num_workers,
+        size("root_crc32c"),
+        header.resume_step,
+        header.first_flush,
+        header.last_flush,
+        header.required,
+        size("file_nbytes"),
+        size("head_nbytes"),
+        size("root_nbytes"),
+        size("series"),
+        header.opened_us,
+        header.published_us,
+        *header.complete_through,
+        header.recovers,
+        0,
+    )
+    return data[:-4] + crc32c.crc32c(data[:-4]).to_bytes(4, "little")
+
+
+def encode(
+    header: Header,
+    series: Sequence[Series],
+    shards: Sequence[tuple[layout.ShardName, int]],
+    entry_pages: Sequence[StoredPage],
+) -> list[bytes]:
+    """Give the bytes of a segment, in parts.
+
+    `series` are in order of `Series.identity`; sizes and checksums in `header` are filled in.
+    """
+    head_pages = page.encode_catalog(series) + page.encode_shards(shards)
+    pages = [*head_pages, *entry_pages]
+    root = np.zeros(len(pages), layout.ROOT_ROW)
+    for field in ("raw_nbytes", "crc32c", "rows", "first_series", "last_series"):
+        root[field] = [getattr(p, field) for p in pages]
+    for field in ("min_step", "max_step", "kind"):
+        root[field] = [getattr(p, field) for p in pages]
+    lengths = np.fromiter((len(p.data) for p in pages), np.int64, len(pages))
+    root["nbytes"] = lengths
+    begin = _HEADER.size + root.nbytes
+    root["offset"] = begin + np.cumsum(lengths) - lengths
+    root_bytes = root.tobytes()
+    head = _pack(
+        header,
+        root_crc32c=crc32c.crc32c(root_bytes),
+        file_nbytes=2 * begin + int(lengths.sum()),
+        head_nbytes=begin + sum(len(p.data) for p in head_pages),
+        root_nbytes=len(root_bytes),
+        series=len(series),
+    )
+    return [head, root_bytes, *(p.data for p in pages), root_bytes, head]
+
+
+def decode_header(
+    data: bytes | memoryview,
+    *,
+    where: str,
+    run_id: bytes | None = None,
+    name: layout.SegmentName | None = None,
+    nbytes: int | None = None,
+) -> Header:
+    """Check and read the 256 bytes of a header, in the order of the spec.
+
+    Parameters
+    ----------
+    where
+        The file, for messages.
+    run_id, name, nbytes
+        What is known of the run and of the file; None: not known, not checked.
+    """
+    if len(data) < _HEADER.size:
+        raise TruncatedError(
+            f"{where}: {len(data)} bytes, a segment has at least {2 * _HEADER.size}", file=where
+        )
+    data = bytes(data[: _HEADER.size])
+    if data[:8] != layout.SEGMENT_MAGIC:
+        raise FormatError(f"{where}: not a segment", code="bad_magic", file=where)
+    found = crc32c.crc32c(data[:-4])
+    if found != int.from_bytes(data[_CRC], "little"):
+        raise ChecksumError(
+            f"{where}: checksum of the header is {found:08x}, expected "
+            f"{int.from_bytes(data[_CRC], 'little'):08x}; the file is damaged",
+            file=where,
+            offset=0,
+        )
+    header, major, flags = _unpack(data)
+    if major != layout.MAJOR:
+        raise UnsupportedError(
+            f"{where}: format version {major}, this version of tensorstore_fmt reads "
+            f"{layout.MAJOR}.x: use a newer one",
+            file=where,
+            version=major,
+        )
+    if header.required & ~layout.KNOWN_FEATURES:
+        raise UnsupportedError(
+            f"{where}: needs features (bits {header.required:#x}) this version does not know; "
+            "use a newer tensorstore_fmt",
+            code="unknown_feature",
+            file=where,
+            required=header.required,
+        )
+    if (run_id is not None and header.run_id != run_id) or (
+        name is not None and header.name != name
+    ):
+        raise FormatError(
+            f"{where}: belongs to another run or has another file's name "
+            f"(run {header.run_id.hex()}, {header.name.path})",
+            code="wrong_run",
+            file=where,
+        )
+    _check_header(header, data, flags, where, nbytes)
+    return header
+
+
+def _unpack(data: bytes) -> tuple[Header, int, int]:
+    (
+        _, major, _, flags, run_id, writer, worker, attempt, num_workers, root_crc32c,
+        resume_step, first_flush, last_flush, required, file_nbytes, head_nbytes,
+        root_nbytes, series, opened_us, published_us, *complete, recovers, _,
+    ) = _HEADER.unpack(data)  # fmt: skip
+    header = Header(
+        run_id=run_id,
+        key=layout.WriterKey(worker=worker, attempt=attempt, writer=writer),
+        num_workers=num_workers,
+        resume_step=resume_step,
+        first_flush=first_flush,
+        last_flush=last_flush,
+        opened_us=opened_us,
+        published_us=published_us,
+        complete_through=tuple(complete),
+        is_closed=bool(flags & layout.FLAG_CLOSED),
+        recovers=recovers,
+        required=required,
+        file_nbytes=file_nbytes,
+        head_nbytes=head_nbytes,
+        root_crc32c=root_crc32c,
+        root_nbytes=root_nbytes,
+        series=series,
+    )
+    return header, major, flags
+
+
+def _check_header(
+    header: Header, data: bytes, flags: int, where: str, nbytes: int | None
+) -> None:
+    if nbytes is not None and nbytes < header.file_nbytes:
+        raise TruncatedError(
+            f"{where}: {nbytes:,} bytes, should have {header.file_nbytes:,}; it was cut short",
+            file=where,
+            nbytes=nbytes,
+        )
+    if (
+        header.root_nbytes > layout.MAX_ROOT_NBYTES
+        or header.head_nbytes > layout.MAX_HEAD_NBYTES
+        or header.series > layout.MAX_SERIES
+        or header.resume_step > layout.MAX_STEP
+        or max(header.complete_through) > layout.MAX_STEP
+    ):
+        raise LimitError(f"{where}: a size in the header is above the limits", file=where)
+    begin = _HEADER.size + header.root_nbytes
+    if (
+        (nbytes is not None and nbytes > header.file_nbytes)
+        or flags & ~layout.FLAG_CLOSED
+        or any(data[168:252])
+        or header.root_nbytes % layout.ROOT_ROW.itemsize
+        or not begin <= header.head_nbytes <= header.file_nbytes - begin
+        or header.first_flush > header.last_flush
+        or header.num_workers < 1
+        or header.resume_step < 0
+        or min(header.complete_through) < -1
+    ):
+        raise FormatError(f"{where}: the header contradicts itself or the file", file=where)
+
+
+class Catalog:
+    """All catalog rows of one segment; `Series` objects are made when asked for."""
+
+    def __init__(self, pages: Sequence[page.CatalogColumns]) -> None:
+        self._pages = pages
+        self.names: list[str] = [name for p in pages for name in p.names]
+        self._begins = np.cumsum([0, *(len(p.names) for p in pages)])
+        self._series: dict[int, Series] = {}
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, number: int) -> Series:
+        found = self._series.get(number)
+        if found is None:
+            which = int(np.searchsorted(self._begins, number, side="right")) - 1
+            found = self._pages[which].series(number - int(self._begins[which]))
+            self._series[number] = found
+        return found
+
+    @cached_property
+    def kind(self) -> np.ndarray:
+        """Kind of each series."""
+        return np.concatenate([p.kind for p in self._pages] or [np.empty(0, np.uint8)])
+
+    @cached_property
+    def mode(self) -> np.ndarray:
+        """Mode of each series."""
+        return np.concatenate([p.mode for p in self._pages] or [np.empty(0, np.uint8)])
+
+    def column(self, name: str) -> np.ndarray:
+        """Give one of first_step, last_step, steps, raw_nbytes, stored_nbytes."""
+        return np.concatenate([p.sums[name] for p in self._pages] or [np.empty(0, np.int64)])
+
+    @cached_property
+    def varying(self) -> np.ndarray:
+        """Number of axes of each series whose length stands in the entries."""
+        parts = []
+        for p in self._pages:
+            shape = p.lists["shape"]
+            total = np.concatenate([[0], np.cumsum(shape.values < 0)])
+            parts.append(total[shape.offsets[1:]] - total[shape.offsets[:-1]])
+        return np.concatenate(parts or [np.empty(0, np.int64)])
+
+    def rows_of(self, name: str) -> range:
+        """Give the numbers of the series with this name (the rows are sorted by name)."""
+        begin = bisect.bisect_left(self.names, name)
+        return range(begin, bisect.bisect_right(self.names, name, lo=begin))
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The checked head of a segment: everything but its entries."""
+
+    header: Header
+    root: np.ndarray
+    catalog: Catalog
+    shards: Sequence[tuple[layout.ShardName, int]]
+
+    def entry_pages(self, series: int | None = None, step: int | None = None) -> np.ndarray:
+        """Give the root rows of the entry pages that can hold this series and step."""
+        root = self.root
+        keep = root["kind"] == layout.PAGE_ENTRIES
+        if series is not None:
+            keep &= (root["first_series"] <= series) & (series <= root["last_series"])
+        if step is not None:
+            keep &= (root["min_step"] <= step) & (step <= root["max_step"])
+        return np.flatnonzero(keep)
+
+    def decode_entries(self, number: int, stored: bytes | memoryview) -> Entries:
+        """Check and decode the entry page with this root row."""
+        return page.decode_entries(
+            stored,
+            self.root[number],
+            self.header.name.path,
+            varying=self.catalog.varying,
+            n_shards=len(self.shards),
+        )
+
+
+def recover_head_parts(tail: bytes | memoryview, header: Header) -> bytes:
+    """Give header and root from the last bytes of a segment, where they stand again."""
+    begin = len(tail) - _HEADER.size - header.root_nbytes
+    if begin < 0:
+        raise TruncatedError("the end of the segment is not all there")
+    return bytes(tail[-_HEADER.size :]) + bytes(tail[begin : begin + header.root_nbytes])
+
+
+def decode_head(header: Header, data: bytes | memoryview) -> Head:
+    """Check and decode the head; `data` holds at least ``header.head_nbytes`` first bytes."""
+    where = header.name.path
+    if len(data) < header.head_nbytes:
+        raise TruncatedError(
+            f"{where}: {len(data):,} bytes, its head has {header.head_nbytes:,}", file=where
+        )
+    data = memoryview(data)
+    root_bytes = data[_HEADER.size : _HEADER.size + header.root_nbytes]
+    found = crc32c.crc32c(root_bytes)
+    if found != header.root_crc32c:
+        raise ChecksumError(
+            f"{where}: checksum of the root is {found:08x}, expected {header.root_crc32c:08x}; "
+            "the file is damaged",
+            file=where,
+            offset=_HEADER.size,
+        )
+    root = np.frombuffer(root_bytes, layout.ROOT_ROW)
+    _check_root(root, header, where)
+    catalogs: list[page.CatalogColumns] = []
+    shards: list[tuple[layout.ShardName, int]] = []
+    for row in root:
+        if row["kind"] == layout.PAGE_ENTRIES:
+            break
+        stored = data[int(row["offset"]) : int(row["offset"]) + int(row["nbytes"])]
+        if row["kind"] == layout.PAGE_CATALOG:
+            catalogs.append(page.decode_catalog(stored, row, where))
+        else:
+            shards = page.decode_shards(stored, row, where)
+    catalog = Catalog(catalogs)
+    if len(catalog) != header.series:
+        raise FormatError(f"{where}: the catalog has {len(catalog)} rows, not {header.series}")
+    names = catalog.names
+    for i in np.flatnonzero(np.fromiter(map(_not_ascending, names, names[1:]), np.bool_)):
+        if catalog[int(i)].identity >= catalog[int(i) + 1].identity:
+            raise FormatError(f"{where}: rows {i} and {i + 1} of the catalog are not in order")
+    return Head(header, root, catalog, shards)
+
+
+def _not_ascending(a: str, b: str) -> bool:
+    return a >= b
+
+
+def _check_root(root: np.ndarray, header: Header, where: str) -> None:
+    begin = _HEADER.size + header.root_nbytes
+    ends = root["offset"] + root["nbytes"]
+    starts = np.concatenate([[begin], ends[:-1].astype(np.int64)]) if len(root) else ends
+    kind = root["kind"]
+    if len(root) and (
+        int(root["nbytes"].max()) > layout.MAX_PAGE_NBYTES
+        or int(root["raw_nbytes"].max()) > layout.MAX_PAGE_RAW_NBYTES
+        or int(root["rows"].max()) > layout.MAX_PAGE_ROWS
+    ):
+        raise LimitError(f"{where}: a page is above the limits", file=where)
+    n_head = int(np.count_nonzero(kind != layout.PAGE_ENTRIES))
+    head_end = int(ends[n_head - 1]) if n_head else begin
+    is_bad = (
+        (root["offset"] != starts).any()
+        or (int(ends[-1]) if len(root) else begin) != header.file_nbytes - begin
+        or head_end != header.head_nbytes
+        or (np.diff(kind.astype(np.int64)) < 0).any()
+        or not np.isin(kind, (1, 2, 3)).all()
+        or np.count_nonzero(kind == layout.PAGE_SHARDS) > 1
+        or (root["rows"] < 1).any()
+        or (root["first_series"] > root["last_series"]).any()
+        or root["reserved"].tobytes().strip(b"\0")
+    )
+    if is_bad:
+        raise FormatError(f"{where}: the root contradicts itself or the header", file=where)
+    first = root["first_series"][kind == layout.PAGE_CATALOG].astype(np.int64)
+    rows = root["rows"][kind == layout.PAGE_CATALOG].astype(np.int64)
+    if (first != np.cumsum(rows) - rows).any() or int(rows.sum()) != header.series:
+        raise FormatError(f"{where}: the root says other catalog rows than the header", file=where)

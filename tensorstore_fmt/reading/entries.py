@@ -1,0 +1,329 @@
+"""Entries: fetching entry pages and finding in them what was saved of a name."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tensorstore_fmt.errors import FormatError, MissingFileError
+from tensorstore_fmt.format import layout
+from tensorstore_fmt.format.page import Entries
+from tensorstore_fmt.reading.locks import ForkSafeLock
+from tensorstore_fmt.reading.plan import merge_ranges
+from tensorstore_fmt.reading.view import Segment, Source, View
+from tensorstore_fmt.storage import Range, Storage
+
+__all__ = ["Found", "LostSegmentsError", "Page", "Pages", "Query", "find"]
+
+_MAX_CACHED_NBYTES: Final = 64 * 1024 * 1024
+_MAX_REQUEST_NBYTES: Final = 8 * 1024 * 1024
+_ROW_NBYTES: Final = 160  # of a decoded entry without its lists and inline bytes
+
+_I64 = NDArray[np.int64]
+
+
+class LostSegmentsError(Exception):
+    """Segments of a view have vanished or are damaged; internal, another view may do.
+
+    Attributes
+    ----------
+    lost
+        By segment, what to raise if nothing can stand for it.
+    """
+
+    def __init__(self, lost: dict[layout.SegmentName, FormatError]) -> None:
+        super().__init__(", ".join(name.path for name in lost))
+        self.lost = lost
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A decoded entry page with the columns that searches need, contiguous."""
+
+    entries: Entries
+    series: NDArray[np.uint32]
+    step: _I64
+    last_step: _I64
+    nbytes: int
+
+    @classmethod
+    def of(cls, entries: Entries) -> Page:
+        """Wrap decoded entries."""
+        rows = entries.rows
+        nbytes = _ROW_NBYTES * len(rows) + entries.dims.values.nbytes + entries.inline.values.nbytes
+        return cls(
+            entries,
+            np.ascontiguousarray(rows["series"]),
+            np.ascontiguousarray(rows["step"]),
+            entries.last_step,
+            nbytes,
+        )
+
+    def rows_of(self, series: int, low: int, high: int) -> slice | _I64:
+        """Give the rows of a series that cover any of the steps low … high."""
+        begin = int(self.series.searchsorted(series, side="left"))
+        end = int(self.series.searchsorted(series, side="right"))
+        step = self.step[begin:end]
+        end = begin + int(step.searchsorted(high, side="right"))
+        first = begin + int(step.searchsorted(low, side="left"))
+        if first == begin:
+            return slice(begin, end)
+        # Entries that begin earlier may reach into the range.
+        earlier = np.flatnonzero(self.last_step[begin:first] >= low)
+        if len(earlier) == 0:
+            return slice(first, end)
+        if len(earlier) == first - begin:
+            return slice(begin, end)
+        return np.concatenate([earlier + begin, np.arange(first, end)])
+
+
+class Pages:
+    """Decoded entry pages of a run, the least recently used ones forgotten. Threads share it."""
+
+    def __init__(self, storage: Storage, *, max_nbytes: int = _MAX_CACHED_NBYTES) -> None:
+        self._storage = storage
+        self._max_nbytes = max_nbytes
+        self._lock = ForkSafeLock()
+        self._pages: OrderedDict[tuple[layout.SegmentName, int], Page] = OrderedDict()
+        self._nbytes = 0
+
+    def get(
+        self, needed: Sequence[tuple[Segment, int]]
+    ) -> dict[tuple[layout.SegmentName, int], Page]:
+        """Give pages by segment and root row, fetching what is not here in one round.
+
+        Raises
+        ------
+        LostSegmentsError
+            A segment is not there any more, or a page is damaged.
+        """
+        pages: dict[tuple[layout.SegmentName, int], Page] = {}
+        missing: list[tuple[Segment, int]] = []
+        with self._lock:
+            for segment, number in needed:
+                key = (segment.name, number)
+                page = self._pages.get(key)
+                if page is None:
+                    missing.append((segment, number))
+                else:
+                    self._pages.move_to_end(key)
+                    pages[key] = page
+        if missing:
+            pages |= self._load(missing)
+        return pages
+
+    def forget(self) -> None:
+        """Forget all pages."""
+        with self._lock:
+            self._pages.clear()
+            self._nbytes = 0
+
+    def _load(
+        self, missing: Sequence[tuple[Segment, int]]
+    ) -> dict[tuple[layout.SegmentName, int], Page]:
+        unique = {(segment.name, number): segment for segment, number in missing}
+        stored = self._stored(unique)
+        lost: dict[layout.SegmentName, FormatError] = {}
+        pages: dict[tuple[layout.SegmentName, int], Page] = {}
+        for (name, number), segment in unique.items():
+            data = stored[name, number]
+            try:
+                if isinstance(data, Exception):
+                    raise data
+                pages[name, number] = Page.of(segment.head.decode_entries(number, data))
+            except FileNotFoundError:
+                lost[name] = MissingFileError(
+                    f"{name.path}: the segment is not there any more, and none that covers it",
+                    file=name.path,
+                )
+            except FormatError as error:
+                error.facts.setdefault("file", name.path)
+                lost[name] = error
+        if lost:
+            raise LostSegmentsError(lost)
+        with self._lock:
+            for key, page in pages.items():
+                if key not in self._pages:
+                    self._pages[key] = page
+                    self._nbytes += page.nbytes
+            while self._nbytes > self._max_nbytes and len(self._pages) > 1:
+                _, page = self._pages.popitem(last=False)
+                self._nbytes -= page.nbytes
+        return pages
+
+    def _stored(
+        self, unique: dict[tuple[layout.SegmentName, int], Segment]
+    ) -> dict[tuple[layout.SegmentName, int], memoryview | Exception]:
+        """Get stored pages from what is kept of their segments, else from the storage."""
+        stored: dict[tuple[layout.SegmentName, int], memoryview | Exception] = {}
+        files: dict[layout.SegmentName, int] = {}
+        wanted: list[tuple[tuple[layout.SegmentName, int], int, int, int]] = []
+        for key, segment in unique.items():
+            row = segment.head.root[key[1]]
+            offset, nbytes = int(row["offset"]), int(row["nbytes"])
+            if offset + nbytes <= len(segment.kept):
+                stored[key] = segment.kept[offset : offset + nbytes]
+            else:
+                wanted.append((key, files.setdefault(key[0], len(files)), offset, nbytes))
+        if not wanted:
+            return stored
+        columns = np.array([each[1:] for each in wanted], np.int64).T
+        merged = merge_ranges(
+            *columns,
+            max_gap_bytes=self._storage.max_gap_bytes,
+            max_request_nbytes=_MAX_REQUEST_NBYTES,
+        )
+        paths = [name.path for name in files]
+        requests = [
+            Range(paths[file], start, stop)
+            for file, start, stop in zip(
+                merged.file.tolist(), merged.start.tolist(), merged.stop.tolist(), strict=True
+            )
+        ]
+        results = self._storage.fetch_settled(requests)
+        for (key, _, offset, nbytes), number in zip(wanted, merged.request.tolist(), strict=True):
+            result = results[number]
+            if isinstance(result, Exception):
+                stored[key] = result
+            else:
+                begin = offset - requests[number].start
+                stored[key] = memoryview(result)[begin : begin + nbytes]
+        return stored
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Query:
+    """Which entries to find: of a name, from step `low` to `high`; None: any."""
+
+    name: str
+    kind: int = layout.KIND_DATA
+    low: int = 0
+    high: int = layout.MAX_STEP
+    mode: int | None = None
+    worker: int | None = None
+    attempt: int | None = None
+
+    def accepts(self, source: Source) -> bool:
+        """Say whether a series is meant."""
+        return (
+            (self.mode is None or source.series.mode == self.mode)
+            and (self.worker is None or source.worker == self.worker)
+            and (self.attempt is None or source.attempt == self.attempt)
+            and source.series.first_step <= self.high
+            and source.series.last_step >= self.low
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Entries of a query, in the order of their sources, then as in the pages.
+
+    Attributes
+    ----------
+    sources
+        Where they come from.
+    begins
+        Entries ``begins[i]`` to ``begins[i + 1]`` come from ``sources[i]``.
+    entries
+        All of them.
+    count
+        Shape (n,), int64: how many of its steps the view shows of each.
+    """
+
+    query: Query
+    sources: tuple[Source, ...]
+    begins: tuple[int, ...]
+    entries: Entries
+    count: _I64
+
+    @property
+    def source(self) -> _I64:
+        """Number of each entry's source."""
+        return np.repeat(np.arange(len(self.sources)), np.diff(self.begins))
+
+    @property
+    def last_step(self) -> _I64:
+        """Greatest step of each that the view shows."""
+        rows = self.entries.rows
+        last: _I64 = rows["step"] + rows["stride"] * (self.count - 1)
+        return last
+
+
+def find(view: View, pages: Pages, queries: Sequence[Query]) -> list[Found]:
+    """Find the entries of queries, fetching all pages they need in one round.
+
+    Raises
+    ------
+    LostSegmentsError
+        A segment is not there any more, or a page is damaged.
+    """
+    asked = []
+    needed: list[tuple[Segment, int]] = []
+    for query in queries:
+        parts = []
+        for source in view.sources(query.name, query.kind):
+            if query.accepts(source):
+                numbers = source.segment.pages_of(source.row, query.low, query.high)
+                if numbers:
+                    parts.append((source, numbers))
+                    needed += [(source.segment, number) for number in numbers]
+        asked.append(parts)
+    have = pages.get(needed)
+    return [
+        _collect(query, parts, have) for query, parts in zip(queries, asked, strict=True)
+    ]
+
+
+def _collect(
+    query: Query,
+    parts: Sequence[tuple[Source, list[int]]],
+    have: dict[tuple[layout.SegmentName, int], Page],
+) -> Found:
+    sources: list[Source] = []
+    begins = [0]
+    pieces: list[Entries] = []
+    counts: list[_I64] = []
+    for source, numbers in parts:
+        n = 0
+        for number in numbers:
+            page = have[source.segment.name, number]
+            rows = page.rows_of(source.row, query.low, query.high)
+            if isinstance(rows, slice):
+                piece = page.entries.slice(rows.start, rows.stop)
+            else:
+                piece = page.entries.take(rows)
+            if not len(piece):
+                continue
+            count = piece.rows["count"].astype(np.int64)
+            if source.segment.cut is not None:
+                piece, count = _cut(piece, count, source)
+            n += len(piece)
+            pieces.append(piece)
+            counts.append(count)
+        if n:
+            sources.append(source)
+            begins.append(begins[-1] + n)
+    return Found(
+        query,
+        tuple(sources),
+        tuple(begins),
+        Entries.concat(pieces),
+        counts[0] if len(counts) == 1 else np.concatenate(counts or [np.empty(0, np.int64)]),
+    )
+
+
+def _cut(piece: Entries, count: _I64, source: Source) -> tuple[Entries, _I64]:
+    """Hide what the view had not seen (spec, "Damage and merges")."""
+    cut = source.segment.cut
+    assert cut is not None
+    rows = piece.rows
+    last = cut.last_step(source.series)
+    shown = (last - rows["step"]) // rows["stride"] + 1
+    count = np.where(rows["last_flush"] > cut.flush, np.clip(shown, 0, count), count)
+    keep = (rows["first_flush"] <= cut.flush) & (count > 0)
+    return (piece, count) if keep.all() else (piece.take(keep), count[keep])

@@ -1,0 +1,111 @@
+"""Timelines: which saved values are visible, step by step (spec, "What is visible")."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tensorstore_fmt.errors import LimitError
+from tensorstore_fmt.format import layout
+from tensorstore_fmt.reading.entries import Found
+from tensorstore_fmt.reading.view import View
+
+__all__ = ["Timeline", "timeline"]
+
+_MAX_STEPS: Final = 2**28
+
+_I64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """What is visible of a name: one row per (step, mode, worker, part), ascending by step.
+
+    Attributes
+    ----------
+    found
+        The entries.
+    step, row, source
+        Shape (t,), int64: the step, the entry of its chunk 0, and its source in `found`.
+    """
+
+    found: Found
+    step: _I64
+    row: _I64
+    source: _I64
+
+    def __len__(self) -> int:
+        return len(self.step)
+
+    @property
+    def is_dropped(self) -> NDArray[np.bool_]:
+        """Whether the writer dropped it."""
+        dropped: NDArray[np.bool_] = self.found.entries.rows["codec"][self.row] == (
+            layout.CODEC_DROPPED
+        )
+        return dropped
+
+    def take(self, keep: NDArray[np.bool_] | _I64) -> Timeline:
+        """Give some of the rows."""
+        return Timeline(self.found, self.step[keep], self.row[keep], self.source[keep])
+
+    def saved(self) -> Timeline:
+        """Give the rows that were not dropped."""
+        dropped = self.is_dropped
+        return self.take(~dropped) if dropped.any() else self
+
+
+def timeline(view: View, found: Found) -> Timeline:
+    """Resolve which entries win (spec, "What is visible", rules 2 to 4).
+
+    Raises
+    ------
+    LimitError
+        The entries claim more steps than a reader lists.
+    """
+    query = found.query
+    rows = found.entries.rows
+    row = np.flatnonzero(rows["chunk"] == 0)
+    source = found.source[row]
+    begin, stride, count = rows["step"][row], rows["stride"][row], found.count[row]
+    # Entries may begin before and end after what was asked for.
+    first = np.maximum(-((begin - query.low) // stride), 0)
+    limit = np.full(len(found.sources), layout.MAX_STEP + 1, np.int64)
+    if query.attempt is None:
+        limit[:] = [view.visible_below(s.attempt) for s in found.sources]
+    high = np.minimum(limit[source] - 1, query.high)
+    end = np.minimum((high - begin) // stride + 1, count)
+    n = np.maximum(end - first, 0)
+    total = int(n.sum())
+    if total > _MAX_STEPS:
+        raise LimitError(
+            f"{query.name!r}: its entries claim {total:,} steps; at most {_MAX_STEPS:,} are listed",
+            name=query.name,
+        )
+    if total == len(row) and (n == 1).all():
+        step = begin + first * stride
+    else:
+        ends = np.cumsum(n)
+        inner = np.arange(total) - np.repeat(ends - n - first, n)
+        step = np.repeat(begin, n) + inner * np.repeat(stride, n)
+        row, source = np.repeat(row, n), np.repeat(source, n)
+    if (step[1:] > step[:-1]).all():
+        return Timeline(found, step, row, source)
+    groups: dict[object, int] = {}
+    group = np.array(
+        [
+            groups.setdefault((s.series.mode, s.worker, s.part), len(groups))
+            for s in found.sources
+        ],
+        np.int64,
+    )
+    rank = np.array([s.writer.rank for s in found.sources], np.int64)
+    order = np.lexsort((rows["last_flush"][row], rank[source], group[source], step))
+    step, row, source = step[order], row[order], source[order]
+    group_of = group[source]
+    wins = np.ones(len(step), np.bool_)
+    wins[:-1] = (step[1:] != step[:-1]) | (group_of[1:] != group_of[:-1])
+    return Timeline(found, step[wins], row[wins], source[wins])

@@ -1,0 +1,330 @@
+"""Amazon S3 and what speaks its language, through the client that s3fs sets up.
+
+s3fs makes the connection and reads the options. The requests are our own: its methods send
+further ones (a HEAD for a missing key), hide failures of deletes, and retry out of sight.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import inspect
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Final, TypeVar
+
+import aiohttp
+import s3fs
+from aiobotocore.session import AioSession  # type: ignore[import-untyped]  # the same
+from botocore import exceptions as boto  # type: ignore[import-untyped]  # the same
+from botocore.parsers import ResponseParserError  # type: ignore[import-untyped]  # the same
+
+from tensorstore_fmt.errors import ArgumentError
+from tensorstore_fmt.storage.base import FileInfo, StoreNotFoundError, without_credentials
+from tensorstore_fmt.storage.ranged import (
+    UNSATISFIABLE,
+    Answer,
+    take_prefix,
+    take_range,
+    truncated,
+)
+from tensorstore_fmt.storage.remote import ObjectStore, OpenStore, check_options
+from tensorstore_fmt.storage.retry import TransientError
+
+T = TypeVar("T")
+
+_OURS: Final = {"self", "kwargs", "asynchronous", "loop"}
+_PUT_ID: Final = "tensorstore-fmt-put"  # user metadata that tells our put from another's
+_DELETE_KEYS: Final = 1000  # the most that one request takes
+
+_TRANSIENT_CODES: Final = {
+    "ConditionalRequestConflict",
+    "InternalError",
+    "OperationAborted",
+    "RequestTimeout",
+    "ServiceUnavailable",
+    "SlowDown",
+    "Throttling",
+    "ThrottlingException",
+    "RequestLimitExceeded",
+}
+_TRANSIENT_STATUS: Final = {408, 409, 425, 429, 500, 502, 503, 504}
+_DENIED_CODES: Final = {
+    "AccessDenied",
+    "AccountProblem",
+    "AllAccessDisabled",
+    "ExpiredToken",
+    "InvalidAccessKeyId",
+    "InvalidSecurity",
+    "InvalidToken",
+    "NotSignedUp",
+    "RequestTimeTooSkewed",
+    "SignatureDoesNotMatch",
+    "TokenRefreshRequired",
+}
+_DENIED_STATUS: Final = {401, 403}
+_NOT_FOUND: Final = 404
+_EXISTS: Final = 412
+_NO_CREDENTIALS: Final = (
+    boto.NoCredentialsError,
+    boto.PartialCredentialsError,
+    boto.CredentialRetrievalError,
+    boto.TokenRetrievalError,
+)
+_NETWORK: Final = (
+    boto.HTTPClientError,
+    boto.IncompleteReadError,
+    ResponseParserError,  # overloaded servers send pages that are no XML
+    aiohttp.ClientError,
+    ConnectionError,
+    TimeoutError,
+)
+
+_TIMEOUTS: Final = (TimeoutError, boto.ConnectTimeoutError, boto.ReadTimeoutError)
+
+
+def s3_opener(url: str, options: Mapping[str, object]) -> OpenStore:
+    """Check URL and options, and give what opens the store."""
+    where = without_credentials(url)
+    known = {*_parameters(s3fs.S3FileSystem), *_parameters(AioSession)} - _OURS
+    check_options(options, known, where)
+    config = options.get("config_kwargs") or {}
+    if not isinstance(config, Mapping):
+        raise ArgumentError(f"{where}: config_kwargs is {config!r}, expected a mapping")
+    # Retries are counted above; ours must be the only ones, or 30 s become minutes.
+    config = {
+        "retries": {"total_max_attempts": 1, "mode": "standard"},
+        "max_pool_connections": ObjectStore.max_in_flight,
+        **config,
+    }
+
+    def open_store(loop: asyncio.AbstractEventLoop) -> ObjectStore:
+        try:
+            filesystem = s3fs.S3FileSystem(
+                **{**options, "config_kwargs": config},
+                # Otherwise s3fs registers a finalizer that closes inherited connections in
+                # forked children, which makes the parent deaf.
+                asynchronous=True,
+                loop=loop,
+                skip_instance_cache=True,
+                use_listings_cache=False,
+            )
+        except (TypeError, ValueError, KeyError) as error:
+            raise ArgumentError(f"{where}: {error}") from error
+        filesystem.retries = 1
+        bucket, key, _ = filesystem.split_path(url)
+        if not bucket:
+            raise ArgumentError(f"{where} names no bucket")
+        return S3Store(filesystem, bucket, key.strip("/"), where)
+
+    return open_store
+
+
+def _parameters(kind: type) -> set[str]:
+    return set(inspect.signature(kind.__init__).parameters)  # type: ignore[misc]  # a class's own
+
+
+class S3Store(ObjectStore):
+    """Single requests to one bucket."""
+
+    def __init__(self, filesystem: Any, bucket: str, root: str, where: str) -> None:  # noqa: ANN401 - untyped
+        self._fs = filesystem
+        self._bucket = bucket
+        self._prefix = f"{root}/" if root else ""
+        self._where = where
+
+    async def read(self, path: str, start: int, stop: int) -> bytes:
+        """Get exactly these bytes: one GET."""
+        try:
+            return await self._get(path, start, stop, lambda got: take_range(got, start, stop))
+        except _UnsatisfiableError:
+            raise truncated(self._name(path), None, stop) from None
+
+    async def read_prefix(self, path: str, nbytes: int) -> tuple[bytes, int | None]:
+        """Get the first bytes: one GET, whose answer tells the length."""
+        try:
+            return await self._get(path, 0, nbytes, lambda got: take_prefix(got, nbytes))
+        except _UnsatisfiableError:
+            return b"", 0  # only an empty object has no first byte
+
+    async def _get(
+        self, path: str, start: int, stop: int, take: Callable[[Answer], Awaitable[T]]
+    ) -> T:
+        reply = await self._call(
+            "get_object", path, Key=self._prefix + path, Range=f"bytes={start}-{stop - 1}"
+        )
+        body = reply["Body"]
+        try:
+            return await take(
+                Answer(
+                    where=self._name(path),
+                    status=reply["ResponseMetadata"]["HTTPStatusCode"],
+                    content_range=reply.get("ContentRange"),
+                    nbytes=reply.get("ContentLength"),
+                    read=body.read,
+                )
+            )
+        except _NETWORK as error:
+            raise TransientError(self._failed(path, error)) from error
+        finally:
+            body.close()
+
+    async def list_page(
+        self, directory: str, token: str | None
+    ) -> tuple[list[FileInfo], str | None]:
+        """Get up to 1,000 files of a directory: one LIST."""
+        prefix = self._prefix + (f"{directory}/" if directory else "")
+        more = {} if token is None else {"ContinuationToken": token}
+        reply = await self._call("list_objects_v2", directory, Prefix=prefix, Delimiter="/", **more)
+        found = [
+            FileInfo(row["Key"][len(prefix) :], row["Size"])
+            for row in reply.get("Contents", ())
+            if row["Key"] != prefix  # consoles make an empty object to show a folder
+        ]
+        if not reply.get("IsTruncated"):
+            return found, None
+        following = reply.get("NextContinuationToken")
+        if not following or following == token:
+            raise OSError(
+                errno.EPROTO, "the store cut a listing short and does not go on", self._where
+            )
+        return found, following
+
+    async def write(self, path: str, data: bytes, *, once: str | None, attempt: int) -> None:
+        """Put a whole file: one PUT."""
+        key = self._prefix + path
+        if once is None:
+            await self._call("put_object", path, Key=key, Body=data)
+            return
+        await self._check_can_put_once(path)
+        users = self._fs.s3_additional_kwargs.get("Metadata") or {}
+        try:
+            await self._call(
+                "put_object",
+                path,
+                Key=key,
+                Body=data,
+                IfNoneMatch="*",
+                Metadata={**users, _PUT_ID: once},
+            )
+        except FileExistsError:
+            if not await self._is_ours(path, data, once, attempt):
+                raise
+
+    async def _is_ours(self, path: str, data: bytes, once: str, attempt: int) -> bool:
+        """Say whether it was our own put that arrived earlier and whose answer was lost.
+
+        Asked also at the first attempt: aiohttp repeats a put by itself when the server had
+        closed the connection. A store that drops metadata is believed only by the bytes.
+        """
+        reply = await self._call("get_object", path, Key=self._prefix + path)
+        try:
+            if reply.get("Metadata", {}).get(_PUT_ID) == once:
+                return True
+            if attempt == 0 or reply.get("ContentLength") != len(data):
+                return False
+            found: bytes = await reply["Body"].read()
+        except _NETWORK as error:
+            raise TransientError(self._failed(path, error)) from error
+        finally:
+            reply["Body"].close()
+        return found == data
+
+    async def _check_can_put_once(self, path: str) -> None:
+        # s3fs silently drops parameters that an old botocore does not know
+        client = await self._client()
+        shape = client.meta.service_model.operation_model("PutObject").input_shape
+        if "IfNoneMatch" not in shape.members:
+            raise OSError(
+                errno.ENOTSUP, "this botocore cannot put-if-absent; install botocore >= 1.35.21",
+                self._name(path),
+            )  # fmt: skip
+
+    async def delete(self, paths: Sequence[str]) -> None:
+        """Remove files: one request for each 1,000."""
+        for first in range(0, len(paths), _DELETE_KEYS):
+            keys = [{"Key": self._prefix + path} for path in paths[first : first + _DELETE_KEYS]]
+            if len(keys) == 1:  # every store has this one
+                await self._call("delete_object", paths[first], Key=keys[0]["Key"])
+                continue
+            reply = await self._call(
+                "delete_objects", paths[first], Delete={"Objects": keys, "Quiet": True}
+            )
+            for row in reply.get("Errors", ()):
+                code, text = str(row.get("Code")), str(row.get("Message"))
+                if code != "NoSuchKey":
+                    raise self._error(str(row.get("Key")), code, 0, text)
+
+    async def close(self) -> None:
+        """Close connections."""
+        creator = getattr(self._fs, "_s3creator", None)
+        if creator is not None:
+            await creator.__aexit__(None, None, None)
+
+    # --- requests and their failures ------------------------------------------
+    def _name(self, path: str) -> str:
+        return f"{self._where.rstrip('/')}/{path}"
+
+    async def _client(self) -> Any:  # noqa: ANN401 - untyped
+        try:
+            return await self._fs.set_session()
+        except (TypeError, ValueError, boto.BotoCoreError) as error:
+            raise ArgumentError(f"{self._where}: {error}") from error
+
+    async def _call(self, method: str, path: str, **kwargs: object) -> Any:  # noqa: ANN401 - untyped
+        await self._client()
+        try:
+            return await self._fs._call_s3(method, Bucket=self._bucket, **kwargs)
+        except Exception as error:
+            # s3fs puts errors of its own around what the server said
+            said = error if isinstance(error, boto.ClientError) else error.__cause__
+            if isinstance(said, boto.ClientError):
+                answer = said.response.get("Error", {})
+                status = said.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+                code, text = str(answer.get("Code", "")), str(answer.get("Message", ""))
+                raise self._error(path, code, status, text) from said
+            if isinstance(error, boto.SSLError):  # a certificate does not get better
+                raise self._failed(path, error) from error
+            if isinstance(error, _NETWORK):
+                raise TransientError(self._failed(path, error)) from error
+            if isinstance(error, _NO_CREDENTIALS):
+                raise PermissionError(
+                    errno.EACCES, f"no credentials for the bucket {self._bucket}: {error}",
+                    self._name(path),
+                ) from error  # fmt: skip
+            if isinstance(error, boto.ParamValidationError):
+                raise ArgumentError(f"{self._where}: {error}") from error
+            if isinstance(error, boto.BotoCoreError):
+                raise self._failed(path, error) from error
+            raise
+
+    def _error(self, path: str, code: str, status: int, text: str) -> Exception:
+        """Say what an error answer means: missing, denied, passing, or simply failed."""
+        name = self._name(path)
+        said = f"{text or 'no message'} ({code or status})"
+        if status == UNSATISFIABLE or code == "InvalidRange":
+            return _UnsatisfiableError()
+        if code == "NoSuchBucket":
+            return StoreNotFoundError(
+                errno.ENXIO, f"the bucket {self._bucket} does not exist", self._where
+            )
+        if code in _DENIED_CODES or status in _DENIED_STATUS:
+            return PermissionError(
+                errno.EACCES, f"access to the bucket {self._bucket} was denied: {said}", name
+            )
+        if status == _EXISTS:
+            return FileExistsError(errno.EEXIST, "somebody else has put it", name)
+        if status == _NOT_FOUND:
+            return FileNotFoundError(errno.ENOENT, "no such object", name)
+        failure = OSError(errno.EIO, f"the store answered: {said}", name)
+        if code in _TRANSIENT_CODES or status in _TRANSIENT_STATUS:
+            return TransientError(failure)
+        return failure
+
+    def _failed(self, path: str, error: Exception) -> OSError:
+        kind = TimeoutError if isinstance(error, _TIMEOUTS) else OSError
+        number = errno.ETIMEDOUT if kind is TimeoutError else errno.EIO
+        return kind(number, f"{type(error).__name__}: {error}", self._name(path))
+
+
+class _UnsatisfiableError(Exception):
+    """The object ends before the range begins."""

@@ -1,0 +1,771 @@
+"""A run that is being written: `create_run`, `RunWriter.log`, flushing, closing."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import secrets
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal, Self
+
+from tensorstore_fmt.errors import ArgumentError, ClosedError, StorageFailedError, TensorStoreError
+from tensorstore_fmt.format import layout, segment
+from tensorstore_fmt.storage import Storage, open_storage
+from tensorstore_fmt.writing import closing
+from tensorstore_fmt.writing.commit import collect, tables
+from tensorstore_fmt.writing.convert import check_mode, check_name, check_step, snapshot
+from tensorstore_fmt.writing.encoders import EncoderPool
+from tensorstore_fmt.writing.joining import Joined, join_run
+from tensorstore_fmt.writing.options import (
+    MIB,
+    ChunkShape,
+    StatsChoice,
+    WriterOptions,
+    check_options,
+)
+from tensorstore_fmt.writing.pending import Generation, PendingEntry, Save
+from tensorstore_fmt.writing.segments import SegmentLog
+from tensorstore_fmt.writing.series import Kept
+from tensorstore_fmt.writing.shards import ShardSink
+from tensorstore_fmt.writing.staging import Part, Staging, Tensor, flatten
+
+__all__ = ["CloseReport", "RunWriter", "create_run"]
+
+_CARRIED_NBYTES = 64 * MIB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CloseReport:
+    """What a writer did, as `RunWriter.close` gives it.
+
+    Attributes
+    ----------
+    steps
+        Steps logged, over all modes.
+    raw_nbytes, stored_nbytes
+        Bytes logged, and bytes written for them into shards and segments.
+    dropped
+        Tensors that had to be dropped; each is recorded as dropped in the run.
+    failures
+        Storage failures met, also those that a retry mended.
+    stalled_s, log_s
+        Time `log` waited because the queue was full, and all time spent in `log`.
+    """
+
+    steps: int
+    raw_nbytes: int
+    stored_nbytes: int
+    dropped: int
+    failures: int
+    stalled_s: float
+    log_s: float
+
+    def __str__(self) -> str:
+        ratio = self.raw_nbytes / self.stored_nbytes if self.stored_nbytes else 1.0
+        text = (
+            f"{self.steps:,} steps, {self.raw_nbytes / 1e6:,.1f} MB logged, "
+            f"{self.stored_nbytes / 1e6:,.1f} MB stored (ratio {ratio:.2f}), "
+            f"{self.log_s:.2f} s spent in log"
+        )
+        if self.stalled_s >= 0.01:
+            text += f", {self.stalled_s:.2f} s of it waiting for the storage"
+        if self.dropped or self.failures:
+            text += f"; {self.dropped:,} tensors DROPPED, {self.failures:,} storage failures"
+        return text
+
+
+def create_run(
+    url: str | os.PathLike[str],
+    *,
+    attrs: Mapping[str, object] | None = None,
+    worker: int = 0,
+    num_workers: int = 1,
+    resume_from: int | None = None,
+    attempt: int | None = None,
+    storage_options: Mapping[str, object] | None = None,
+    flush_interval_s: float | None = None,
+    flush_bytes: int = 64 * MIB,
+    queue_bytes: int = 256 * MIB,
+    when_full: Literal["block", "drop"] = "block",
+    compression: Literal["auto", "none", "zstd"] = "auto",
+    chunks: Mapping[str, ChunkShape] | None = None,
+    stats: StatsChoice | Mapping[str, StatsChoice] = True,
+    on_error: Literal["warn", "raise"] = "warn",
+    join_timeout_s: float = 60.0,
+) -> RunWriter:
+    """Create a run, or join one as a further writer, and begin to write.
+
+    Parameters
+    ----------
+    url
+        A folder, or any URL that fsspec can write (``s3://bucket/run``, ``memory://run``).
+    attrs
+        Anything JSON can say about the run; kept by the writer that creates it.
+    worker, num_workers
+        Rank of this process and number of ranks. Worker 0 creates the run, the others wait
+        for it up to `join_timeout_s` seconds.
+    resume_from
+        Go on in an existing run: a new attempt that hides what earlier attempts wrote at this
+        step and later (it stays readable with ``attempt=``). All workers give the same number.
+    attempt
+        Number of the attempt, if the launcher knows it; else it is found out from the run.
+    storage_options
+        For the fsspec file system: ``key``, ``secret``, ``endpoint_url`` …
+    flush_interval_s
+        Logged data is visible to readers after at most this time; 1 s on a disk, 30 s elsewhere.
+    flush_bytes
+        Flush also when so many raw bytes have been logged since the last time.
+    queue_bytes
+        Most raw bytes that wait in memory. When they are reached, `log` waits
+        (``when_full="block"``), or drops tensors and counts them (``"drop"``).
+    compression
+        ``auto`` samples what pays; ``zstd``; ``none`` stores raw, without digests.
+    chunks
+        Chunk lengths per name pattern, one per axis; None for the whole axis:
+        ``{"attention/*": (1, 1, None, None)}``.
+    stats
+        Whether statistics are stored beside tensors: True, False, ``"only"`` (no data), or one
+        of these per name pattern.
+    on_error
+        ``warn``: storage faults never stop training; what cannot be stored is retried, then
+        dropped, counted and recorded. ``raise``: `log`, `flush` and `close` raise it.
+
+    Raises
+    ------
+    ArgumentError
+        An option that cannot be used.
+    NotARunError
+        The folder holds something else.
+    RunExistsError
+        A finished run is there, and `resume_from` was not given.
+    OSError
+        The storage cannot be used: no permission, no such bucket, wrong credentials.
+    """
+    _check_workers(worker, num_workers, attempt)
+    storage = open_storage(url, storage_options=storage_options, writable=True)
+    options = check_options(
+        is_local=storage.is_local,
+        flush_interval_s=flush_interval_s,
+        flush_bytes=flush_bytes,
+        queue_bytes=queue_bytes,
+        when_full=when_full,
+        compression=compression,
+        chunks=chunks,
+        stats=stats,
+        on_error=on_error,
+        sleep=time.sleep,
+        clock_us=_now_us,
+        new_id=_new_id,
+    )
+    return open_writer(
+        storage,
+        options,
+        attrs=attrs or {},
+        worker=worker,
+        num_workers=num_workers,
+        resume_from=None if resume_from is None else check_step(resume_from),
+        attempt=attempt,
+        join_timeout_s=join_timeout_s,
+    )
+
+
+def open_writer(
+    storage: Storage,
+    options: WriterOptions,
+    *,
+    attrs: Mapping[str, object],
+    worker: int = 0,
+    num_workers: int = 1,
+    resume_from: int | None = None,
+    attempt: int | None = None,
+    join_timeout_s: float = 60.0,
+) -> RunWriter:
+    """Begin to write to a storage that is open; `create_run` for those who bring their own."""
+    now = options.clock_us()
+    joined = join_run(
+        storage,
+        attrs=attrs,
+        worker=worker,
+        num_workers=num_workers,
+        resume_from=resume_from,
+        attempt=attempt,
+        join_timeout_s=join_timeout_s,
+        now_us=now,
+        new_run_id=lambda: b"".join(options.new_id().to_bytes(8, "big") for _ in range(2)),
+    )
+    if joined.also_here:
+        warnings.warn(
+            f"{storage.describe()}: worker {worker} already has a writer in attempt "
+            f"{joined.attempt}; if it is dead, continue with resume_from=STEP; if it lives, both "
+            "are kept and the one opened last is shown where they saved the same",
+            stacklevel=3,
+        )
+    key = layout.WriterKey(worker=worker, attempt=joined.attempt, writer=options.new_id())
+    return RunWriter(storage, options, joined, key, num_workers, now)
+
+
+def _check_workers(worker: object, num_workers: object, attempt: object) -> None:
+    for name, value, least in (
+        ("num_workers", num_workers, 1),
+        ("worker", worker, 0),
+        ("attempt", attempt, 0),
+    ):
+        if name == "attempt" and value is None:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ArgumentError(f"{name} is {value!r}; it is an integer, at least {least}")
+        if value > layout.MAX_WORKER:
+            raise ArgumentError(f"{name} is {value}; at most {layout.MAX_WORKER} is possible")
+    if worker >= num_workers:  # type: ignore[operator] # both are int by now
+        raise ArgumentError(
+            f"worker is {worker}, but num_workers is {num_workers}; workers are counted from 0"
+        )
+
+
+def _now_us() -> int:
+    return time.time_ns() // 1000
+
+
+def _new_id() -> int:
+    return secrets.randbits(64) or 1
+
+
+class RunWriter:
+    """One writer of a run. Made by `create_run`; close it, or use it in a ``with`` statement.
+
+    All methods may be called from several threads. In a process forked from this one it
+    cannot be used; that process opens its own.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        options: WriterOptions,
+        joined: Joined,
+        key: layout.WriterKey,
+        num_workers: int,
+        opened_us: int,
+    ) -> None:
+        self._storage = storage
+        self._options = options
+        self._joined = joined
+        self._key = key
+        self._pid = os.getpid()
+        self._lock = threading.RLock()  # of the generation and of what `log` changes
+        self._changed = threading.Condition()  # of the numbers that waiting threads look at
+        self._header = segment.Header(
+            run_id=joined.info.run_id,
+            key=key,
+            num_workers=num_workers,
+            resume_step=joined.resume_step,
+            first_flush=0,
+            last_flush=0,
+            opened_us=opened_us,
+            published_us=opened_us,
+        )
+        self._queued_nbytes = 0
+        self._active = 0
+        self._committed = -1
+        self._attempted = -1
+        self._wanted = -1
+        self._wants_durable = False
+        self._stopping = False
+        self._is_closed = False
+        self._failure: Exception | None = None
+        self._has_warned = False
+        self._failures = self._dropped = self._steps = self._raw_nbytes = 0
+        self._stalled_s = self._log_s = 0.0
+        self._published_nbytes = 0
+        self._report: CloseReport | None = None
+        self._carried: list[tuple[int, list[PendingEntry]]] = []
+        self._complete = [-1, -1, -1, -1]
+        self._max_step = [-1, -1, -1, -1]
+        self._mode_steps = {mode: joined.mode_steps.get(mode, 0) for mode in range(4)}
+        self._last_logged: dict[int, int] = {}
+        if joined.attempt > 0:
+            storage.delete([layout.BUNDLE])
+        self._os_lock = storage.lock(layout.lock_path(key))
+        self._sink = ShardSink(
+            storage, options, run_id=joined.info.run_id, key=key, on_failure=self._note_failure
+        )
+        self._segments = SegmentLog(storage, options, on_failure=self._note_failure)
+        # Flush 0 says that this writer exists; if it fails, the caller is told at once.
+        self._segments.publish(self._header, tables([]))
+        self._committed = 0
+        self._generation = Generation(1)
+        self._pool = EncoderPool(
+            self._sink, options, release=self._release, on_failure=self._note_failure
+        )
+        self._staging = Staging(options, self._send)
+        self._committer = threading.Thread(
+            target=self._run, name="tensorstore_fmt-committer", daemon=True
+        )
+        self._committer.start()
+        _open_writers.add(self)
+
+    # --- what users read ------------------------------------------------------------
+
+    @property
+    def url(self) -> str:
+        """Where the run lies, without credentials."""
+        return self._storage.describe()
+
+    @property
+    def run_id(self) -> str:
+        """32 hexadecimal digits."""
+        return self._joined.info.run_id.hex()
+
+    @property
+    def worker(self) -> int:
+        """Rank of this writer."""
+        return self._key.worker
+
+    @property
+    def attempt(self) -> int:
+        """Number of the attempt this writer belongs to."""
+        return self._key.attempt
+
+    @property
+    def attrs(self) -> Mapping[str, object]:
+        """The attributes of the run, as its creator gave them."""
+        return self._joined.info.attrs
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._is_closed
+
+    def __repr__(self) -> str:
+        state = "closed" if self._is_closed else "open"
+        return f"<RunWriter {self.url} worker={self.worker} attempt={self.attempt} {state}>"
+
+    # --- logging ----------------------------------------------------------------------
+
+    def log(
+        self,
+        data: Mapping[str, object],
+        *,
+        step: int,
+        mode: str | None = None,
+    ) -> None:
+        """Log named values at a step; copies them and returns.
+
+        Parameters
+        ----------
+        data
+            Numbers, strings, NumPy arrays, torch or JAX tensors, anything with DLPack or
+            ``__array__``, `Part`; by name. Nested dicts give names joined by ``/``. Logging a
+            (name, mode, step) again replaces it.
+        step
+            The run's counter, 0 or greater; steps may have gaps and may go back.
+        mode
+            ``"TRAIN"``, ``"EVAL"``, ``"PREDICT"`` or None; part of the key.
+
+        Raises
+        ------
+        ArgumentError
+            A name, step, mode or value that cannot be stored; then nothing of this call is.
+        ClosedError
+            The run is closed, or this process was forked from the one that opened it.
+        StorageFailedError
+            With ``on_error="raise"``, after the storage failed.
+        """
+        begin = time.perf_counter()
+        self._check_usable()
+        number = check_mode(mode)
+        step = check_step(step)
+        scalars, tensors = self._snapshots(data, number)
+        with self._lock:
+            self._check_usable()
+            generation = self._generation
+            self._stamp(generation, step, number)
+            floats = generation.floats
+            for name, value in scalars:
+                stage = floats.get((number, name))
+                if stage is None:
+                    stage = self._staging.float_stage(generation, name, number)
+                group = stage.kept.group
+                if step <= group.last_step:
+                    self._staging.forget(generation, group, step)
+                else:
+                    group.last_step = step
+                stage.steps.append(step)
+                stage.values.append(value)
+            self._raw_nbytes += 8 * len(scalars)
+            generation.raw_nbytes += 8 * len(scalars)
+            for tensor, kept, nbytes, is_taken in tensors:
+                if is_taken:
+                    self._staging.add(generation, kept, tensor, step, nbytes)
+                    self._raw_nbytes += nbytes
+                else:
+                    self._staging.drop(generation, kept, step)
+            is_due = generation.raw_nbytes >= self._options.flush_bytes
+        if is_due:
+            self._request(generation.number, durable=False)
+        self._log_s += time.perf_counter() - begin
+
+    def _snapshots(
+        self, data: Mapping[str, object], mode: int
+    ) -> tuple[list[tuple[str, float]], list[tuple[Tensor, Kept, int, bool]]]:
+        """Copy all values, before anything of the call is taken."""
+        scalars: list[tuple[str, float]] = []
+        tensors: list[tuple[Tensor, Kept, int, bool]] = []
+        held = 0
+        try:
+            items = data.items()
+            if any(isinstance(value, Mapping) for value in data.values()):
+                items = dict(flatten(data)).items()  # type: ignore[assignment] # the same to us
+            for name, value in items:
+                if type(value) is float:
+                    if (mode, name) not in self._generation.floats:
+                        check_name(name)
+                    scalars.append((name, value))
+                    continue
+                global_shape: tuple[int, ...] = ()
+                origin: tuple[int, ...] = ()
+                check_name(name)
+                if isinstance(value, Part):
+                    global_shape, origin = _check_part(name, value)
+                    value = value.value
+                size = getattr(value, "nbytes", 0)
+                nbytes = size if isinstance(size, int) and size > layout.INLINE_STEP_NBYTES else 0
+                is_taken = self._reserve(nbytes)
+                held += nbytes if is_taken else 0
+                tensor = Tensor(name, snapshot(name, value), global_shape, origin)
+                if global_shape:
+                    _check_box(tensor)
+                kept, raw_nbytes = self._staging.plan(tensor, mode)
+                queued = raw_nbytes if kept.storing != "inline" and is_taken else 0
+                if queued != nbytes and is_taken:  # what the value said of itself was a guess
+                    self._release(nbytes - queued)
+                    held += queued - nbytes
+                tensors.append((tensor, kept, raw_nbytes, is_taken))
+        except BaseException:
+            self._release(held)
+            raise
+        return scalars, tensors
+
+    def _stamp(self, generation: Generation, step: int, mode: int) -> None:
+        """Note the step in the step table, once."""
+        if self._last_logged.get(mode) == step:
+            return
+        self._last_logged[mode] = step
+        steps, rows = generation.step_tables.setdefault(mode, ([], []))
+        steps.append(step)
+        rows.append((self._mode_steps[mode], self._options.clock_us()))
+        self._mode_steps[mode] += 1
+        self._steps += 1
+        if step > self._max_step[mode]:
+            self._complete[mode] = max(self._complete[mode], step - 1)
+            self._max_step[mode] = step
+
+    # --- memory -----------------------------------------------------------------------
+
+    def _reserve(self, nbytes: int) -> bool:
+        """Wait until so many bytes may be copied; False: they have to be dropped."""
+        if not nbytes:
+            return True
+        limit = self._options.queue_bytes
+        with self._changed:
+            if self._queued_nbytes and self._queued_nbytes + nbytes > limit:
+                if self._options.when_full == "drop":
+                    return False
+                begin = time.perf_counter()
+                while self._queued_nbytes and self._queued_nbytes + nbytes > limit:
+                    if not self._active:
+                        # All that is held waits for a flush, or for this very call.
+                        self._wanted = max(self._wanted, self._generation.number)
+                        self._changed.notify_all()
+                        if not self._changed.wait_for(lambda: self._active, timeout=0.05):
+                            break
+                        continue
+                    self._changed.wait(timeout=0.1)
+                self._stalled_s += time.perf_counter() - begin
+            self._queued_nbytes += nbytes
+        return True
+
+    def _send(self, generation: Generation, save: Save) -> None:
+        with self._changed:
+            self._active += 1
+        self._pool.put(generation, save)
+
+    def _release(self, nbytes: int) -> None:
+        """Give back bytes of the queue; the encoders call it once per save."""
+        with self._changed:
+            self._queued_nbytes -= nbytes
+            if threading.current_thread().name.startswith("tensorstore_fmt-encoder"):
+                self._active -= 1
+            self._changed.notify_all()
+
+    # --- flushing -----------------------------------------------------------------------
+
+    def flush(self, *, durable: bool = False) -> bool:
+        """Make all that was logged so far visible to readers.
+
+        It then survives the death of this process; with `durable`, also power loss, on a file
+        system that honours fsync.
+
+        Returns
+        -------
+        bool
+            False if the storage failed (with ``on_error="warn"``): it will be tried again with
+            the next flush.
+
+        Raises
+        ------
+        StorageFailedError
+            With ``on_error="raise"``, if the storage failed.
+        ClosedError
+            The run is closed.
+        """
+        self._check_usable()
+        with self._lock:
+            number = self._generation.number
+        self._request(number, durable=durable)
+        with self._changed:
+            self._changed.wait_for(lambda: self._attempted >= number)
+            is_there = self._committed >= number
+        self._check_failure()
+        return is_there
+
+    def _request(self, number: int, *, durable: bool) -> None:
+        with self._changed:
+            self._wanted = max(self._wanted, number)
+            self._wants_durable |= durable
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        """Commit when asked to, and every `flush_interval_s`."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self._stopping or self._wanted > self._attempted,
+                    timeout=self._options.flush_interval_s,
+                )
+                durable, self._wants_durable = self._wants_durable, False
+                is_wanted = self._wanted > self._attempted
+                stopping = self._stopping and not is_wanted
+            if stopping:
+                return
+            with self._lock:
+                has_news = not self._generation.is_empty
+            if is_wanted or has_news or self._carried:
+                self._flush_now(durable=durable, is_last=False)
+
+    def _flush_now(self, *, durable: bool, is_last: bool) -> None:
+        """Commit the current generation; only one thread at a time calls this."""
+        with self._lock:
+            generation = self._generation
+            self._generation = Generation(generation.number + 1)
+            self._staging.finish(generation)
+            complete = tuple(self._max_step if is_last else self._complete)
+        with generation.done:
+            generation.done.wait_for(lambda: generation.outstanding == 0)
+        try:
+            self._commit(generation, complete, durable=durable, is_last=is_last)
+        except Exception as error:  # noqa: BLE001 - whatever it is, training goes on, and it is counted
+            self._note_failure(error, False)
+        finally:
+            with self._changed:
+                self._attempted = generation.number
+                self._changed.notify_all()
+
+    def _commit(
+        self, generation: Generation, complete: tuple[int, ...], *, durable: bool, is_last: bool
+    ) -> None:
+        self._sink.flush(durable=durable)
+        entries, dropped = collect(generation)
+        self._dropped += dropped
+        pending = [*self._carried, (generation.number, entries)]
+        if not (any(part for _, part in pending) or is_last or durable):
+            # Nothing to publish: the number is covered by the next segment's range.
+            self._carried = pending
+            with self._changed:
+                self._committed = generation.number
+            return
+        header = segment.Header(
+            run_id=self._header.run_id,
+            key=self._key,
+            num_workers=self._header.num_workers,
+            resume_step=self._header.resume_step,
+            first_flush=pending[0][0],
+            last_flush=generation.number,
+            opened_us=self._header.opened_us,
+            published_us=self._options.clock_us(),
+            complete_through=(complete[0], complete[1], complete[2], complete[3]),
+            is_closed=is_last,
+        )
+        self._carried = pending  # what an unknown outcome leaves; covered by the next range
+        for pause in (*self._options.retry_s, None):
+            try:
+                self._segments.publish(header, tables(pending))
+                break
+            except OSError as error:
+                self._note_failure(error, pause is not None)
+                if pause is None:
+                    self._bound_carried()
+                    return
+                self._options.sleep(pause)
+        self._carried = []
+        self._published_nbytes = sum(s.nbytes for s in self._segments.segments)
+        self._pool.committed(generation.number)
+        if durable:
+            self._storage.sync([layout.RUN_JSON, *self._sink.take_unsynced()])
+            self._segments.sync()
+        with self._changed:
+            self._committed = generation.number
+
+    def _bound_carried(self) -> None:
+        """Keep what could not be published within bounds: the oldest inline values go first."""
+        size = 0
+        for i in range(len(self._carried) - 1, -1, -1):
+            number, entries = self._carried[i]
+            size += sum(128 + len(e.placed.inline or b"") for e in entries)
+            if size > _CARRIED_NBYTES and entries:
+                self._dropped += sum(e.count for e in entries)
+                self._carried[i] = (number, [])
+
+    # --- failures -------------------------------------------------------------------------
+
+    def _note_failure(self, error: Exception, will_retry: bool) -> None:  # noqa: FBT001 - a callback
+        self._failures += 1
+        if self._options.on_error == "raise":
+            if not will_retry:
+                self._failure = self._failure or error
+        elif not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"{self.url}: writing failed ({type(error).__name__}: {error}); it is tried again, "
+                "what cannot be stored is dropped and counted, and training goes on. Further "
+                "failures are only counted; close() reports them",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _check_failure(self) -> None:
+        if self._failure is not None:
+            error = self._failure
+            if isinstance(error, TensorStoreError):
+                raise error
+            raise StorageFailedError(
+                f"{self.url}: writing failed ({type(error).__name__}: {error}); what was flushed "
+                "before is safe",
+                url=self.url,
+            ) from error
+
+    def _check_usable(self) -> None:
+        if os.getpid() != self._pid:
+            raise ClosedError(
+                f"{self.url} was opened in process {self._pid}, this is {os.getpid()}: a forked "
+                "process opens its own with create_run(...)",
+                url=self.url,
+            )
+        if self._is_closed:
+            raise ClosedError(f"{self.url} is closed", url=self.url)
+        self._check_failure()
+
+    # --- closing --------------------------------------------------------------------------
+
+    def close(self) -> CloseReport:
+        """Flush durably, seal the shard, and mark this writer as finished.
+
+        Called at the end of the ``with`` statement, and at the exit of the interpreter if
+        nobody did. Calling it again gives the same report.
+
+        Raises
+        ------
+        StorageFailedError
+            With ``on_error="raise"``, if the storage failed.
+        """
+        with self._lock:
+            report = self._report
+            if report is not None or os.getpid() != self._pid:
+                return report if report is not None else self._make_report()
+            if self._is_closed:
+                return self._make_report()
+            self._is_closed = True
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        self._committer.join()
+        self._flush_now(durable=True, is_last=True)
+        self._pool.stop()
+        self._sink.close()
+        self._segments.stop()
+        try:
+            self._storage.sync(self._sink.take_unsynced())
+            closing.finish(self._storage, self._joined.info.run_id, self._segments)
+        except OSError as error:  # all data is published; what failed only speeds up reading
+            self._note_failure(error, False)
+        self._published_nbytes = sum(s.nbytes for s in self._segments.segments)
+        self._os_lock.release()
+        self._storage.delete([layout.lock_path(self._key)])
+        self._storage.close()
+        _open_writers.discard(self)
+        self._report = self._make_report()
+        if self._dropped:
+            warnings.warn(f"{self.url}: {self._report}", RuntimeWarning, stacklevel=2)
+        self._check_failure()
+        return self._report
+
+    def _make_report(self) -> CloseReport:
+        return CloseReport(
+            steps=self._steps,
+            raw_nbytes=self._raw_nbytes,
+            stored_nbytes=self._sink.stored_nbytes + self._published_nbytes,
+            dropped=self._dropped,
+            failures=self._failures,
+            stalled_s=self._stalled_s,
+            log_s=self._log_s,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _check_part(name: str, part: Part) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    shape, origin = tuple(part.global_shape), tuple(part.origin)
+    for what, values in (("global_shape", shape), ("origin", origin)):
+        if not all(isinstance(n, int) and 0 <= n <= layout.MAX_AXIS for n in values):
+            raise ArgumentError(f"{name!r}: {what} {values} is not a tuple of integers from 0")
+    if len(shape) != len(origin) or not shape:
+        raise ArgumentError(
+            f"{name!r}: global_shape {shape} and origin {origin} need one number for each axis, "
+            "and at least one axis"
+        )
+    return shape, origin
+
+
+def _check_box(tensor: Tensor) -> None:
+    shape = tensor.snapshot.array.shape
+    if len(shape) != len(tensor.global_shape) or any(
+        o + n > g for o, n, g in zip(tensor.origin, shape, tensor.global_shape, strict=True)
+    ):
+        raise ArgumentError(
+            f"{tensor.name!r}: a part of shape {shape} at {tensor.origin} does not lie in "
+            f"{tensor.global_shape}",
+            name=tensor.name,
+        )
+
+
+_open_writers: weakref.WeakSet[RunWriter] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for run in list(_open_writers):
+        run.close()

@@ -1,0 +1,259 @@
+"""A writer's own segments: publishing, merging in the background, deleting after a grace time."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from tensorstore_fmt.errors import FormatError
+from tensorstore_fmt.format import layout, merge, page, segment
+from tensorstore_fmt.storage import Range, Storage
+from tensorstore_fmt.writing.commit import Tables
+from tensorstore_fmt.writing.options import MIB, WriterOptions
+
+__all__ = ["OwnSegment", "SegmentLog", "merge_segments"]
+
+FANOUT: Final = 8
+_LARGEST_NBYTES: Final = 64 * MIB
+_LARGEST_ROWS: Final = 1_000_000
+_READ_WHOLE_NBYTES: Final = 8 * MIB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnSegment:
+    """A published segment of this writer."""
+
+    header: segment.Header
+    nbytes: int
+    rows: int
+
+    @property
+    def name(self) -> layout.SegmentName:
+        """Its file name."""
+        return self.header.name
+
+    @property
+    def level(self) -> int:
+        """How often its parts were merged."""
+        level, count = 0, self.name.count
+        while count >= FANOUT:
+            count //= FANOUT
+            level += 1
+        return level
+
+
+class SegmentLog:
+    """Publishes segments in order and merges them in a thread of its own."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        options: WriterOptions,
+        *,
+        on_failure: Callable[[Exception, bool], None],
+    ) -> None:
+        self._storage = storage
+        self._options = options
+        self._on_failure = on_failure
+        self._lock = threading.Lock()
+        self._segments: list[OwnSegment] = []  # maximal ones, in the order of flushes
+        self._unsynced: list[str] = []
+        self._covered: list[tuple[float, list[str]]] = []
+        self._wake = threading.Condition(self._lock)
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+
+    @property
+    def segments(self) -> list[OwnSegment]:
+        """The maximal segments, in the order of flushes."""
+        with self._lock:
+            return list(self._segments)
+
+    def publish(self, header: segment.Header, tables: Tables) -> None:
+        """Publish the segment of one or more flushes: this is the commit.
+
+        Raises
+        ------
+        OSError
+            The storage failed; whether the segment is there is not known.
+        """
+        parts = segment.encode(
+            header, tables.series, tables.shards, page.encode_entries(tables.entries)
+        )
+        path = header.name.path
+        self._storage.publish(path, parts)
+        nbytes = sum(map(len, parts))
+        with self._wake:
+            self._segments.append(OwnSegment(header=header, nbytes=nbytes, rows=len(tables.entries)))
+            self._unsynced.append(path)
+            if self._mergeable():
+                self._start()
+            self._wake.notify_all()
+
+    def sync(self) -> None:
+        """Make all that was published survive power loss."""
+        with self._lock:
+            paths, self._unsynced = self._unsynced, []
+        try:
+            self._storage.sync(p for p in paths if self._is_live(p))
+        except OSError:
+            with self._lock:
+                self._unsynced = paths + self._unsynced
+            raise
+
+    def _is_live(self, path: str) -> bool:
+        # Those that were merged and deleted meanwhile are covered by one that was synced.
+        with self._lock:
+            return any(s.name.path == path for s in self._segments)
+
+    def stop(self) -> None:
+        """Finish the merge under way, delete what may be deleted, and end the thread."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self._delete_covered()
+
+    def merge_all(self) -> None:
+        """Merge all segments into as few as possible; for closing."""
+        while (group := self._largest_group()) is not None:
+            self._merge(group)
+
+    # --- the thread -----------------------------------------------------------------
+
+    def _start(self) -> None:
+        if self._thread is None and not self._stopping:
+            self._thread = threading.Thread(
+                target=self._run, name="tensorstore_fmt-merger", daemon=True
+            )
+            self._thread.start()
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not (group := self._mergeable()) and not self._stopping:
+                    self._wake.wait(timeout=1.0 if self._covered else None)
+                    if self._covered and self._covered[0][0] <= time.monotonic():
+                        break
+                if self._stopping:
+                    return
+            if group:
+                self._merge(group)
+            self._delete_covered()
+
+    def _mergeable(self) -> list[OwnSegment]:
+        """Give neighbours of one level to be merged: the newest that are enough."""
+        segments = self._segments
+        end = len(segments)
+        while end >= FANOUT:
+            level = segments[end - 1].level
+            begin = end
+            while begin > 0 and segments[begin - 1].level == level and end - begin < FANOUT:
+                begin -= 1
+            group = segments[begin:end]
+            if len(group) == FANOUT and _is_small(group):
+                return group
+            while begin > 0 and segments[begin - 1].level == level:
+                begin -= 1
+            end = begin
+        return []
+
+    def _largest_group(self) -> list[OwnSegment] | None:
+        with self._lock:
+            group: list[OwnSegment] = []
+            for candidate in self._segments:
+                if _is_small([*group, candidate]):
+                    group.append(candidate)
+                elif len(group) > 1:
+                    break
+                else:
+                    group = [candidate]
+            return group if len(group) > 1 else None
+
+    def _merge(self, group: Sequence[OwnSegment]) -> None:
+        try:
+            header, nbytes, rows = merge_segments(
+                self._storage, [s.header for s in group], self._options.clock_us()
+            )
+            self._storage.sync([header.name.path])
+        except (OSError, FormatError) as error:
+            # Nothing is lost: what would have been merged stays as it is, and is not tried again.
+            self._on_failure(error, False)
+            with self._lock:
+                tried = {s.name for s in group}
+                self._segments = [
+                    replace(s, nbytes=_LARGEST_NBYTES) if s.name in tried else s
+                    for s in self._segments
+                ]
+            return
+        merged = OwnSegment(header=header, nbytes=nbytes, rows=rows)
+        with self._lock:
+            at = self._segments.index(group[0])
+            self._segments[at : at + len(group)] = [merged]
+            due = time.monotonic() + self._options.grace_s
+            self._covered.append((due, [s.name.path for s in group]))
+
+    def _delete_covered(self) -> None:
+        with self._lock:
+            now = time.monotonic()
+            due = [paths for when, paths in self._covered if when <= now]
+            self._covered = [(when, paths) for when, paths in self._covered if when > now]
+        for paths in due:
+            try:
+                self._storage.delete(paths)
+            except OSError as error:
+                self._on_failure(error, False)  # they are garbage, not damage
+
+
+def _is_small(group: Sequence[OwnSegment]) -> bool:
+    return (
+        sum(s.nbytes for s in group) <= _LARGEST_NBYTES
+        and sum(s.rows for s in group) <= _LARGEST_ROWS
+    )
+
+
+def merge_segments(
+    storage: Storage, headers: Sequence[segment.Header], now_us: int
+) -> tuple[segment.Header, int, int]:
+    """Merge published segments of one writer, which follow each other, and publish the result.
+
+    Returns
+    -------
+    tuple
+        Its header, length in bytes, and number of entries.
+    """
+    with contextlib.ExitStack() as stack:
+        inputs = [_input(storage, header, stack) for header in headers]
+        merged = merge.merge(inputs)
+    first, last = headers[0], headers[-1]
+    header = replace(last, first_flush=first.first_flush, published_us=now_us)
+    parts = segment.encode(header, merged.series, merged.shards, merged.pages)
+    storage.publish(header.name.path, parts)
+    return header, sum(map(len, parts)), sum(p.rows for p in merged.pages)
+
+
+def _input(
+    storage: Storage, header: segment.Header, stack: contextlib.ExitStack
+) -> merge.MergeInput:
+    path = header.name.path
+    (start,) = storage.fetch([Range(path, 0, layout.SEGMENT_HEADER.size)])
+    found = segment.decode_header(start, where=path, run_id=header.run_id, name=header.name)
+    is_whole = not storage.is_local and found.file_nbytes <= _READ_WHOLE_NBYTES
+    (data,) = storage.fetch([Range(path, 0, found.file_nbytes if is_whole else found.head_nbytes)])
+    head = segment.decode_head(found, data)
+
+    def read_page(number: int) -> bytes | memoryview:
+        row = head.root[number]
+        begin, end = int(row["offset"]), int(row["offset"]) + int(row["nbytes"])
+        if is_whole:
+            return memoryview(data)[begin:end]
+        (stored,) = storage.fetch([Range(path, begin, end)])
+        return stored
+
+    return merge.MergeInput(head, read_page)

@@ -1,0 +1,405 @@
+from __future__ import annotations
+
+import struct
+import zlib
+from itertools import pairwise
+from typing import Any
+
+import crc32c
+import ml_dtypes
+import numpy as np
+import pytest
+import zstandard
+
+from tensorstore_fmt import dtypes
+from tensorstore_fmt.errors import ArgumentError, FormatError, LimitError, UnsupportedError
+from tensorstore_fmt.format import codec, layout, planes
+
+CHUNK = 256 * 1024
+
+
+def as_bytes(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def weights(n: int = CHUNK // 4) -> np.ndarray:
+    return (np.random.default_rng(0).standard_normal(n) * 0.02).astype(np.float32)
+
+
+def noise(nbytes: int = CHUNK) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 256, nbytes, np.uint8)
+
+
+def decoded(payload: bytes, nbytes: int, **kwargs: Any) -> bytes:
+    out = np.full(nbytes, 0xAA, np.uint8)
+    codec.decode(payload, out, **kwargs)
+    return out.tobytes()
+
+
+def encode(raw: np.ndarray, dtype: str, compression: codec.Compression = "auto") -> codec.Encoded:
+    encoded = codec.Encoder(compression).encode(raw, dtype=dtype)
+    payload = encoded.to_bytes()
+    assert encoded.nbytes == len(payload) <= raw.nbytes
+    assert encoded.crc32c == crc32c.crc32c(payload)
+    assert decoded(payload, raw.nbytes, codec=encoded.codec, dtype=dtype) == raw.tobytes()
+    return encoded
+
+
+def planes_payload(
+    lengths: list[int], body: bytes, *, flags: int = 0, w: int | None = None, reserved: int = 0
+) -> bytes:
+    head = struct.pack("<BBH", flags, len(lengths) if w is None else w, reserved)
+    return head + struct.pack(f"<{len(lengths)}I", *lengths) + body
+
+
+# --- what the encoder picks -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "array", "name", "ratio"),
+    [
+        ("float32", weights(), "planes", 1.18),
+        ("bfloat16", weights().astype(ml_dtypes.bfloat16), "planes", 1.45),
+        ("float64", weights().astype(np.float64) * np.pi, "planes", 1.11),
+        ("complex64", weights().view(np.complex64), "planes", 1.18),
+        ("float8_e4m3fn", (weights() * 50).astype(ml_dtypes.float8_e4m3fn), "zstd", 1.15),
+        ("int64", np.arange(CHUNK // 8), "planes", 3),
+        ("float32", np.maximum(weights() - 0.03, 0), "zstd", 5),
+        ("bool", noise() < 20, "zstd", 2),
+        ("uint8", noise(), "raw", 1),
+        ("float32", noise().view(np.float32), "raw", 1),
+        ("float64", np.full(CHUNK, -0.0), "constant", 1000),
+    ],
+)
+def test_auto_picks_what_pays(dtype: str, array: np.ndarray, name: str, ratio: float) -> None:
+    raw = as_bytes(array)
+    encoded = encode(raw, dtype)
+    assert layout.CODEC_NAMES[encoded.codec] == name
+    assert raw.nbytes / encoded.nbytes >= ratio
+
+
+@pytest.mark.parametrize("dtype", [name for name in dtypes.NAMES if name != dtypes.STRING])
+@pytest.mark.parametrize("compression", ["auto", "none", "zstd"])
+def test_every_dtype_comes_back(dtype: str, compression: codec.Compression) -> None:
+    for raw in (noise(16 * 1000), np.repeat(noise(80), 200), np.tile(noise(16), 100)):
+        encode(raw, dtype, compression)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "string", "bool"])
+def test_no_bytes_are_an_empty_raw_payload(dtype: str) -> None:
+    encoded = encode(np.empty(0, np.uint8), dtype)
+    assert (encoded.codec, encoded.nbytes, encoded.crc32c) == (layout.CODEC_RAW, 0, 0)
+
+
+def test_constant_is_about_bits() -> None:
+    nan = np.full(1000, 0x7FC0_1234, np.uint32)
+    assert encode(as_bytes(nan), "float32").codec == layout.CODEC_CONSTANT
+    zeros = np.zeros(1000, np.float32)
+    zeros[999] = -0.0
+    assert encode(as_bytes(zeros), "float32").codec != layout.CODEC_CONSTANT
+    halves = np.tile(np.array([1, 2], np.uint8), 1000)
+    assert encode(halves, "uint16").codec == layout.CODEC_CONSTANT
+    assert encode(halves, "uint8").codec != layout.CODEC_CONSTANT
+
+
+@pytest.mark.parametrize("at", [0, 1, 20, CHUNK // 4, 2 * CHUNK // 4, 3 * CHUNK // 4 - 1])
+def test_one_other_element_is_not_constant(at: int) -> None:
+    array = np.full(3 * CHUNK // 4, 7, np.uint32)
+    array[at] ^= 1 << 31
+    assert encode(as_bytes(array), "uint32").codec != layout.CODEC_CONSTANT
+
+
+def test_strings_are_never_constant() -> None:
+    raw = np.zeros(400, np.uint8)
+    assert encode(raw, "string").codec == layout.CODEC_ZSTD
+
+
+def test_none_stores_raw_without_a_copy() -> None:
+    raw = np.zeros(1000, np.uint8)
+    encoded = encode(raw, "float32", "none")
+    assert encoded.codec == layout.CODEC_RAW
+    assert np.shares_memory(np.frombuffer(encoded.parts[0], np.uint8), raw)
+
+
+def test_zstd_falls_back_to_raw() -> None:
+    assert encode(noise(), "float32", "zstd").codec == layout.CODEC_RAW
+    assert encode(as_bytes(weights()), "float32", "zstd").codec == layout.CODEC_ZSTD
+
+
+def test_parts_survive_later_chunks() -> None:
+    encoder, hint = codec.Encoder(), codec.Hint()
+    chunks = [as_bytes(np.roll(weights(), i) * (i + 1)) for i in range(4)]
+    encoded = [encoder.encode(chunk, dtype="float32", hint=hint) for chunk in chunks]
+    for chunk, one in zip(chunks, encoded, strict=True):
+        assert one.codec == layout.CODEC_PLANES
+        assert crc32c.crc32c(one.to_bytes()) == one.crc32c
+        assert decoded(one.to_bytes(), CHUNK, codec=one.codec, dtype="float32") == chunk.tobytes()
+
+
+def test_wrong_arguments() -> None:
+    with pytest.raises(ArgumentError):
+        codec.Encoder("lz4")  # type: ignore[arg-type] # what is under test
+    with pytest.raises(ArgumentError):
+        codec.Encoder().encode(np.zeros(7, np.uint8), dtype="float32")
+
+
+# --- hints ----------------------------------------------------------------------
+
+
+class Counting(codec.Encoder):
+    samples = 0
+
+    def _plan(self, raw: np.ndarray, dtype: str) -> Any:
+        self.samples += 1
+        return super()._plan(raw, dtype)
+
+
+def test_a_hint_makes_sampling_rare() -> None:
+    encoder, hint, raw = Counting(), codec.Hint(), as_bytes(weights())
+    for _ in range(100):
+        encoder.encode(raw, dtype="float32", hint=hint)
+    assert encoder.samples == 1
+    encoder.encode(raw, dtype="float32")
+    assert encoder.samples == 2
+
+
+def test_a_hint_samples_again_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codec, "_FIRST_INTERVAL_NBYTES", 4096)
+    encoder, hint, raw = Counting(), codec.Hint(), as_bytes(weights(256))
+    for _ in range(4 + 8 + 16 + 1):
+        encoder.encode(raw, dtype="float32", hint=hint)
+    assert encoder.samples == 4
+
+
+def test_a_hint_notices_other_data() -> None:
+    encoder, hint = Counting(), codec.Hint()
+    dense, sparse = as_bytes(weights()), as_bytes(np.maximum(weights() - 0.05, 0))
+    encoder.encode(dense, dtype="float32", hint=hint)
+    codecs = [encoder.encode(sparse, dtype="float32", hint=hint).codec for _ in range(40)]
+    assert codecs[0] == layout.CODEC_PLANES
+    assert codecs[-1] == layout.CODEC_ZSTD
+    assert encoder.samples == 2
+
+
+def test_a_hint_survives_another_dtype_and_size() -> None:
+    encoder, hint = Counting(), codec.Hint()
+    for dtype, raw in [("float32", as_bytes(weights(100))), ("float32", as_bytes(weights())),
+                       ("bfloat16", as_bytes(weights())), ("bool", noise() & 1)]:  # fmt: skip
+        one = encoder.encode(raw, dtype=dtype, hint=hint)
+        assert decoded(one.to_bytes(), raw.nbytes, codec=one.codec, dtype=dtype) == raw.tobytes()
+    assert encoder.samples == 4
+
+
+# --- planes ---------------------------------------------------------------------
+
+
+def test_planes_are_as_in_the_spec() -> None:
+    raw = np.array([0x80000001, 0x01020304], "<u4").view(np.uint8)
+    cut = np.empty((4, 2), np.uint8)
+    planes.split(raw, list(cut), rotated=False)
+    assert cut.tolist() == [[0x01, 0x04], [0x00, 0x03], [0x00, 0x02], [0x80, 0x01]]
+    planes.split(raw, list(cut), rotated=True)
+    # 0x80000001 becomes 0x00000003, 0x01020304 becomes 0x02040608.
+    assert cut.tolist() == [[0x03, 0x08], [0x00, 0x06], [0x00, 0x04], [0x00, 0x02]]
+
+
+def test_planes_by_hand() -> None:
+    frame = zstandard.ZstdCompressor().compress(bytes(range(100)))
+    payload = planes_payload([100, 1, len(frame), 1], bytes(100) + b"\x07" + frame + b"\x09")
+    words = np.frombuffer(decoded(payload, 400, codec=layout.CODEC_PLANES, dtype="float32"), "<u4")
+    assert words.tolist() == [0x0900_0700 + (i << 16) for i in range(100)]
+
+
+def test_one_word_is_stored_as_it_is() -> None:
+    payload = planes_payload([1, 1], b"\x12\x34")
+    assert decoded(payload, 2, codec=layout.CODEC_PLANES, dtype="uint16") == b"\x12\x34"
+
+
+@pytest.mark.parametrize("w", [1, 2, 4, 8])
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize("words", [1, 1000, 32768 + 1, 3 * 65536 + 7])
+def test_split_and_join(w: int, rotated: bool, words: int) -> None:
+    # One byte further than memory is aligned.
+    raw = np.concatenate([np.zeros(1, np.uint8), noise(words * w)])[1:]
+    x = raw.copy().view(f"<u{w}").astype(np.uint64)
+    if rotated:
+        x = (x << np.uint64(1)) | (x >> np.uint64(8 * w - 1))
+    cut = np.empty((w, words), np.uint8)
+    planes.split(raw, list(cut), rotated=rotated)
+    for i in range(w):
+        np.testing.assert_array_equal(cut[i], ((x >> np.uint64(8 * i)) & np.uint64(255)))
+    out = np.empty(words * w + 1, np.uint8)[1:]
+    planes.join(list(cut), out, rotated=rotated)
+    np.testing.assert_array_equal(out, raw)
+
+
+# --- damage ---------------------------------------------------------------------
+
+FRAME = zstandard.ZstdCompressor().compress(bytes(range(100)))
+UNSIZED = zstandard.ZstdCompressor(write_content_size=False).compress(bytes(range(100)))
+SKIPPABLE = struct.pack("<II", 0x184D2A50, 100) + bytes(100)
+# A window of 2 GiB, no single segment, 8 bytes of content size.
+WIDE = b"\x28\xb5\x2f\xfd\xc0\xa8" + struct.pack("<Q", 100) + bytes(20)
+
+
+@pytest.mark.parametrize(
+    ("payload", "nbytes", "codec_name", "dtype"),
+    [
+        (b"", 4, "raw", "float32"),
+        (bytes(8), 4, "raw", "float32"),
+        (bytes(4), 0, "raw", "float32"),
+        (bytes(4), 0, "constant", "float32"),
+        (b"", 0, "zstd", "float32"),
+        (b"", 0, "planes", "float32"),
+        (bytes(6), 6, "raw", "float32"),
+        (b"", 8, "constant", "float32"),
+        (bytes(2), 8, "constant", "float32"),
+        (bytes(8), 8, "constant", "float32"),
+        (bytes(1), 8, "constant", "string"),
+        (b"", 100, "zstd", "uint8"),
+        (FRAME, 104, "zstd", "uint8"),
+        (FRAME, 96, "zstd", "uint8"),
+        (FRAME[:-1], 100, "zstd", "uint8"),
+        (FRAME[:5], 100, "zstd", "uint8"),
+        (FRAME + b"\0", 100, "zstd", "uint8"),
+        (FRAME + FRAME, 100, "zstd", "uint8"),
+        (FRAME + FRAME, 200, "zstd", "uint8"),
+        (SKIPPABLE + FRAME, 100, "zstd", "uint8"),
+        (UNSIZED, 100, "zstd", "uint8"),
+        (zlib.compress(bytes(100)), 100, "zstd", "uint8"),
+        (b"", 8, "planes", "float32"),
+        (planes_payload([2, 2, 2, 2], bytes(8))[:19], 8, "planes", "float32"),
+        (planes_payload([2, 2, 2, 2], bytes(7)), 8, "planes", "float32"),
+        (planes_payload([2, 2, 2, 2], bytes(9)), 8, "planes", "float32"),
+        (planes_payload([2, 2, 2, 2], bytes(8), flags=2), 8, "planes", "float32"),
+        (planes_payload([2, 2, 2, 2], bytes(8), reserved=256), 8, "planes", "float32"),
+        (planes_payload([2, 2, 2, 2], bytes(8), w=2), 8, "planes", "float32"),
+        (planes_payload([4, 4], bytes(8)), 8, "planes", "float32"),
+        (planes_payload([1] * 16, bytes(16)), 32, "planes", "complex128"),
+        (planes_payload([0, 2, 2, 2], bytes(6)), 8, "planes", "float32"),
+        (planes_payload([3, 2, 2, 2], bytes(9)), 8, "planes", "float32"),
+        (planes_payload([2**32 - 1] * 4, bytes(8)), 8, "planes", "float32"),
+        (planes_payload([], bytes(8)), 8, "planes", "string"),
+        (planes_payload([len(FRAME), 1], FRAME + b"\0"), 202, "planes", "float16"),
+        (bytes(8), 16, "delta", "int64"),
+        (bytes(16), 16, "delta", "float64"),
+        (b"", 8, "dropped", "int64"),
+    ],
+)
+def test_what_is_malformed(payload: bytes, nbytes: int, codec_name: str, dtype: str) -> None:
+    number = {name: number for number, name in layout.CODEC_NAMES.items()}[codec_name]
+    with pytest.raises(FormatError) as caught:
+        decoded(payload, nbytes, codec=number, dtype=dtype)
+    assert caught.value.code == "malformed"
+
+
+def test_rows_that_do_not_fit() -> None:
+    for rows in (0, -1, 3):
+        with pytest.raises(FormatError) as caught:
+            decoded(bytes(16), 16, codec=layout.CODEC_DELTA, dtype="int64", rows=rows)
+        assert caught.value.code == "malformed"
+
+
+def test_unknown_codec_and_dtype() -> None:
+    for number in (5, 77, 254, 256, -1):
+        with pytest.raises(UnsupportedError) as caught:
+            decoded(bytes(4), 4, codec=number, dtype="float32")
+        assert caught.value.code == "unknown_codec"
+    with pytest.raises(UnsupportedError) as caught:
+        decoded(bytes(4), 4, codec=0, dtype="float31")
+    assert caught.value.code == "unknown_dtype"
+
+
+def test_limits() -> None:
+    # Virtual memory only: nothing touches it.
+    huge = np.empty(layout.MAX_CHUNK_NBYTES + 8, np.uint8)
+    out = np.empty(layout.MAX_CHUNK_RAW_NBYTES + 8, np.uint8)
+    for payload, room in ((huge, out[:8]), (huge[:8], out)):
+        with pytest.raises(LimitError) as caught:
+            codec.decode(payload, room, codec=layout.CODEC_RAW, dtype="float32")
+        assert caught.value.code == "limit"
+    with pytest.raises(LimitError) as caught:
+        decoded(WIDE, 100, codec=layout.CODEC_ZSTD, dtype="uint8")
+    assert caught.value.code == "limit"
+
+
+# --- delta ----------------------------------------------------------------------
+
+
+def test_delta_is_as_in_the_spec() -> None:
+    rows = np.array([[10, -1], [11, 2**62], [13, -(2**63)]], "<i8")
+    encoded = codec.encode_delta(as_bytes(rows), rows=3)
+    payload = encoded.to_bytes()
+    differences = [10, 2**64 - 1, 1, 2**62 + 1, 2, 2**64 - 2**63 - 2**62]
+    words = [(d % 2**64).to_bytes(8, "little") for d in differences]
+    assert payload == bytes(word[i] for i in range(8) for word in words)
+    assert (encoded.codec, encoded.nbytes) == (layout.CODEC_DELTA, 48)
+    assert encoded.crc32c == crc32c.crc32c(payload)
+    assert decoded(payload, 48, codec=4, dtype="int64", rows=3) == rows.tobytes()
+
+
+@pytest.mark.parametrize(("k", "m"), [(1, 1), (1, 20), (1000, 1), (37, 5), (3000, 7)])
+def test_delta_comes_back(k: int, m: int) -> None:
+    raw = noise(8 * k * m)
+    payload = codec.encode_delta(raw, rows=k).to_bytes()
+    assert decoded(payload, raw.nbytes, codec=4, dtype="int64", rows=k) == raw.tobytes()
+
+
+# --- strings --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "strings",
+    [
+        [],
+        [""],
+        ["", "", ""],
+        ["a"],
+        ["loss", "", "größe", "損失", "\U0001f600", "\0"],
+        ["x"] * 1000,
+    ],
+)
+def test_strings_come_back(strings: list[str]) -> None:
+    raw = codec.pack_strings(strings)
+    assert codec.unpack_strings(raw, len(strings)) == strings
+    assert codec.unpack_strings(np.frombuffer(raw, np.uint8), len(strings)) == strings
+
+
+def test_strings_are_as_in_the_spec() -> None:
+    assert codec.pack_strings(["é", "", "b"]) == struct.pack("<4I", 0, 2, 2, 3) + b"\xc3\xa9b"
+    assert codec.pack_strings([]) == b""
+
+
+@pytest.mark.parametrize(
+    ("raw", "n"),
+    [
+        (b"", 1),
+        (bytes(4), 0),
+        (bytes(7), 1),
+        (struct.pack("<2I", 1, 1) + b"a", 1),
+        (struct.pack("<2I", 0, 2) + b"a", 1),
+        (struct.pack("<2I", 0, 0) + b"a", 1),
+        (struct.pack("<3I", 0, 2, 1) + b"a", 2),
+        (struct.pack("<3I", 0, 2**32 - 1, 1) + b"a", 2),
+        (struct.pack("<3I", 0, 1, 2) + "é".encode(), 2),
+        (struct.pack("<2I", 0, 1) + b"\xff", 1),
+        (struct.pack("<2I", 0, 3) + b"\xed\xa0\x80", 1),
+        (struct.pack("<3I", 0, 1, 2) + b"\xc3a", 2),
+    ],
+)
+def test_strings_that_are_malformed(raw: bytes, n: int) -> None:
+    with pytest.raises(FormatError) as caught:
+        codec.unpack_strings(raw, n)
+    assert caught.value.code == "malformed"
+
+
+def test_strings_that_cannot_be_stored() -> None:
+    with pytest.raises(ArgumentError):
+        codec.pack_strings(["\ud800"])
+    with pytest.raises(ArgumentError):
+        codec.pack_strings(["x" * 1024 * 1024] * 128)
+
+
+def test_exports_are_sorted() -> None:
+    for module in (codec, planes):
+        assert all(a < b for a, b in pairwise(module.__all__))
