@@ -57,6 +57,7 @@ __all__ = [
     "UnsupportedError",
 ]
 
+
 class TensorStoreError(Exception):
     """Anything that tensorstore_fmt itself raises.
 

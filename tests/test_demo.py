@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from tensorstore_fmt.demo import run_demo, training
 from tensorstore_fmt.demo.display import Display
 from tensorstore_fmt.demo.report import Stored, bytes_text, strongest_units, table
 from tensorstore_fmt.errors import ArgumentError
+from tensorstore_fmt.testing.storage import serve_s3
 
 STEPS = 60
 REPOSITORY = Path(__file__).parent.parent
@@ -47,10 +49,11 @@ def test_the_whole_demo(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert rows["fc1.weight"]["steps"] == 7  # 0, 10, ... 50, and the last
     assert rows["gradient/fc2.weight"]["nbytes"] == 7 * 256 * 128 * 4
 
-    # Its own word for it: the follower saw each saved step in a run that was still open.
+    # Its own word for it: the follower saw them in a run that was still open. The last step is
+    # complete, and therefore seen, when the run is closed.
     observations = document["follower"]["observations"]
     assert [seen["step"] for seen in observations] == [0, 10, 20, 30, 40, 50, 59]
-    assert not any(seen["is_closed"] for seen in observations)
+    assert [seen["is_closed"] for seen in observations] == [False] * 6 + [True]
     with tsf.open_run("run") as run:
         assert run.is_closed
         for seen in observations:
@@ -96,20 +99,54 @@ def test_one_step_is_enough(here: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert (here / "run-pictures" / "units.png").exists()
 
 
-def test_a_run_is_never_overwritten(here: Path) -> None:
-    with tsf.create_run("run") as run:
-        run.log({"loss": 1.0}, step=0)
+@pytest.mark.parametrize("is_closed", [True, False])
+def test_a_run_is_never_overwritten(here: Path, is_closed: bool) -> None:
+    other = tsf.create_run("run")
+    other.log({"loss": 1.0}, step=0)
+    if is_closed:
+        other.close()
     with pytest.raises(tsf.RunExistsError):
         run_demo("run", steps=1, quiet=True)
+    other.close()
+    assert tsf.open_run("run").names() == ["loss"]
     assert not (here / "run-pictures").exists()
 
 
+def test_in_a_bucket_with_secrets(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[str] = []
+    start = subprocess.Popen.__init__
+
+    def watch(self: subprocess.Popen[str], command: list[str], **options: object) -> None:
+        commands.extend(command)
+        start(self, command, **options)  # type: ignore[call-overload]  # passed on as they came
+
+    with serve_s3() as server:
+        monkeypatch.setattr(subprocess.Popen, "__init__", watch)
+        options = server.storage_options | {"secret": "a secret that nobody may see"}
+        url = server.url("some/run")
+        assert run_demo(url, steps=STEPS, storage_options=options, as_json=True) == 0
+        assert set(tsf.open_run(url, storage_options=options)["fc1.bias"].steps) >= {0, 59}
+    printed = capsys.readouterr().out
+    assert all(check["is_equal"] for check in json.loads(printed)["checks"])
+    assert "tensorstore_fmt.demo.follower" in commands
+    assert "a secret" not in printed + " ".join(commands)
+    assert (here / "run-pictures" / "curves.png").exists()
+
+
 @pytest.mark.parametrize(
-    "arguments", [{"steps": 0}, {"save_every": 0}, {"storage_options": {"session": object()}}]
+    "arguments",
+    [
+        {"url": "memory://run"},
+        {"steps": 0},
+        {"save_every": 0},
+        {"storage_options": {"session": object()}},
+    ],
 )
 def test_wrong_arguments_leave_nothing_behind(here: Path, arguments: dict[str, object]) -> None:
     with pytest.raises(ArgumentError):
-        run_demo("run", **arguments)  # type: ignore[arg-type]  # wrong ones are the point
+        run_demo(**{"url": "run"} | arguments)  # type: ignore[arg-type]  # wrong ones are the point
     assert list(here.iterdir()) == []
 
 

@@ -14,11 +14,12 @@ from pathlib import Path
 import tensorstore_fmt as tsf
 from tensorstore_fmt.demo import report, training
 from tensorstore_fmt.demo.companion import Companion
-from tensorstore_fmt.demo.digits import load_digits
+from tensorstore_fmt.demo.digits import CLASSES, load_digits
 from tensorstore_fmt.demo.display import Display
 from tensorstore_fmt.demo.observation import Observation
-from tensorstore_fmt.demo.training import BATCH, HIDDEN, Memory, train
-from tensorstore_fmt.errors import ArgumentError
+from tensorstore_fmt.demo.training import BATCH, COPIED, HIDDEN, Memory, train
+from tensorstore_fmt.errors import ArgumentError, NotARunError, RunExistsError
+from tensorstore_fmt.testing.storage import CountingStorage
 
 __all__ = ["run_demo"]
 
@@ -70,11 +71,12 @@ def run_demo(
     Raises
     ------
     ArgumentError
-        `steps` or `save_every` is below 1, or `storage_options` do not fit into JSON.
+        `steps` or `save_every` is below 1, `storage_options` do not fit into JSON, or `url`
+        is one that a second process cannot see.
     RunExistsError
         There is a run at `url` already.
     """
-    _check_arguments(steps, save_every, storage_options)
+    _check_arguments(url, steps, save_every, storage_options)
     missing = [name for name in ("sklearn", "matplotlib") if not importlib.util.find_spec(name)]
     if missing:
         print(
@@ -104,8 +106,10 @@ def run_demo(
 
 
 def _check_arguments(
-    steps: int, save_every: int, storage_options: Mapping[str, object] | None
+    url: str | None, steps: int, save_every: int, storage_options: Mapping[str, object] | None
 ) -> None:
+    if url is not None and url.startswith("memory://"):
+        raise ArgumentError("memory:// is seen by one process only, and the demo has two")
     for name, value in (("steps", steps), ("save_every", save_every)):
         if value < 1:
             raise ArgumentError(f"{name} is {value}; it must be at least 1", argument=name)
@@ -159,10 +163,11 @@ class _Demo:
     def play(self, folder: Path) -> dict[str, object]:
         """Do everything; give what ``--json`` prints."""
         memory = self._train_and_follow()
-        run = tsf.open_run(self.url, storage_options=self.storage_options)
-        stored = self._report(run)
-        checks = self._read_back(run, memory)
-        drawn = self._draw(run, folder)
+        run, counting = report.open_counting(self.url, storage_options=self.storage_options)
+        with run:
+            stored = self._report(run)
+            checks = self._read_back(run, counting, memory)
+            drawn = self._draw(run, folder)
         return {
             "run": self.url,
             "steps": self.steps,
@@ -180,30 +185,26 @@ class _Demo:
 
     def _train_and_follow(self) -> Memory:
         digits = load_digits(seed=self.seed)
-        say = self.display.line
-        sizes = "-".join(map(str, (digits.train_images.shape[1], *HIDDEN, 10)))
-        say(f"Run: {self.url}", style="strong")
-        say(f"A {sizes} network learns {len(digits.train_images)} digits in batches of {BATCH}:")
-        say(f"{self.steps} steps, tensors logged every {self.save_every}, slowed down to take")
-        say(f"{training.SHORTEST_S:g} s at least, so that there is something to watch.")
-        say("Lines with | are from a second process, which only reads the run's files.")
-        say()
-        # An object store answers in tens of milliseconds, and each flush is a few requests.
-        flush_interval_s = 1.0 if _is_remote(self.url) else 0.5
+        sizes = "-".join(map(str, (digits.train_images.shape[1], *HIDDEN, CLASSES)))
+        self._check_nothing_is_there()
         with (
             tsf.create_run(
                 self.url,
                 attrs={"made_by": "tensorstore-fmt demo", "network": sizes, "seed": self.seed},
                 storage_options=self.storage_options,
-                flush_interval_s=flush_interval_s,
+                # An object store answers in tens of milliseconds, and a flush is a few requests.
+                flush_interval_s=1.0 if _is_remote(self.url) else 0.5,
+                # Units are what will be read of it: one costs a sixteenth of the whole.
+                chunks={COPIED: (None, HIDDEN[0] // 16)},
             ) as run,
             Companion(
                 self.url,
                 storage_options=self.storage_options,
                 on_observation=self._on_observation,
-                on_text=lambda text: say(f"  | {text}", style="bad"),
+                on_text=lambda text: self.display.line(f"  | {text}", style="bad"),
             ) as companion,
         ):
+            self._introduce(run.url, sizes, len(digits.train_images))
             has_started = companion.wait_until_ready(timeout_s=_START_S)
             memory = train(
                 run,
@@ -213,14 +214,14 @@ class _Demo:
                 seed=self.seed,
                 on_step=self._on_step,
             )
-            # Not closed before the follower has seen all: following ends with the close, and
-            # what it shows should be of a run that is still being written.
+            # Not closed before the follower has seen all that it can see of an open run: each
+            # saved step but the last, which only the close makes complete.
             run.flush()
-            has_seen_all = has_started and companion.wait_for_step(
-                self.steps - 1, timeout_s=_CATCH_UP_S
-            )
+            if has_started:
+                step = (self.steps - 2) // self.save_every * self.save_every
+                companion.wait_for_step(step, timeout_s=_CATCH_UP_S)
             self.display.end_progress()
-            run.close()
+            written = run.close()
             code = companion.wait_for_end(timeout_s=_CATCH_UP_S)
         if not has_started:
             self._fail("the follower did not start")
@@ -228,14 +229,41 @@ class _Demo:
             self._fail("the follower did not notice that the run was closed")
         elif code != 0:
             self._fail(f"the follower found a problem, or broke off (exit code {code})")
-        elif not has_seen_all:
-            self._fail(f"the follower did not see step {self.steps - 1} before the close")
-        say()
-        say(
-            f"Trained to {100 * memory.test_accuracy[self.steps - 1]:.1f} % of the test digits. "
-            f"The follower was {max(self._lags, default=0)} steps behind at most."
-        )
+        elif [seen.step for seen in self._observations] != list(memory.test_loss):
+            self._fail("the follower did not see every saved step")
+        if written.dropped:
+            self._fail(f"{written.dropped} tensors could not be stored and were dropped")
+        self._conclude(memory, written)
         return memory
+
+    def _check_nothing_is_there(self) -> None:
+        try:
+            # Looked at first: `create_run` would join a run that was never closed.
+            tsf.open_run(self.url, storage_options=self.storage_options).close()
+        except NotARunError:
+            return
+        raise RunExistsError(f"{self.name}: there is a run already; choose another place")
+
+    def _introduce(self, place: str, sizes: str, images: int) -> None:
+        say = self.display.line
+        say(f"Run: {place}", style="strong")
+        say(f"A {sizes} network learns {images} digits in batches of {BATCH}:")
+        say(f"{self.steps} steps, tensors logged every {self.save_every}, slowed down to take")
+        say(f"{training.SHORTEST_S:g} s at least, so that there is something to watch.")
+        say("Lines with | are from a second process, which only reads the run's files.")
+        say()
+
+    def _conclude(self, memory: Memory, written: tsf.CloseReport) -> None:
+        behind = max(self._lags, default=0)
+        before_close = sum(not seen.is_closed for seen in self._observations)
+        say = self.display.line
+        say()
+        say(f"Trained to {100 * memory.test_accuracy[self.steps - 1]:.1f} % of the test digits.")
+        say(
+            f"The follower saw {before_close} of {len(memory.test_loss)} saved steps before the "
+            f"close, at most {behind} steps late."
+        )
+        say(f"The writer: {written}.")
 
     def _on_step(self, step: int, loss: float, accuracy: float) -> None:
         self._trained = step + 1
@@ -265,18 +293,17 @@ class _Demo:
             )
         return stored
 
-    def _read_back(self, run: tsf.Run, memory: Memory) -> list[report.Check]:
-        self.display.line()
-        self.display.line("Read back and compared with copies kept in memory:", style="strong")
-        checks = report.read_back(run, memory)
+    def _read_back(
+        self, run: tsf.Run, counting: CountingStorage, memory: Memory
+    ) -> list[report.Check]:
+        say = self.display.line
+        say()
+        say("Read back, and compared bit for bit with copies kept in memory:", style="strong")
+        say(f"({COPIED} was logged in chunks of {HIDDEN[0] // 16} units, for reads of few units)")
+        checks = report.read_back(run, counting, memory)
         for check in checks:
-            shape = " x ".join(map(str, check.shape)) or "scalar"
-            self.display.line(f"  {check.call}")
-            self.display.line(
-                f"      {shape}, {report.bytes_text(check.nbytes)} in "
-                f"{1e3 * check.seconds:.1f} ms: {check.comparison}",
-                style="good" if check.is_equal else "bad",
-            )
+            say(f"  {check.call}")
+            say(f"      {check}", style="good" if check.is_equal else "bad")
             if not check.is_equal:
                 self._fail(f"{check.call} gave something else than was logged")
         return checks

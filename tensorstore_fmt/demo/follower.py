@@ -24,6 +24,7 @@ from tensorstore_fmt.errors import NotARunError
 __all__ = ["main", "observe"]
 
 _POLL_S = 0.1
+_SILENCE_S = 600.0  # then the writer is taken for dead: nobody is left to close the run
 
 
 def observe(
@@ -42,28 +43,30 @@ def observe(
     ------
     NotARunError
         There is still no run at `url` after `wait_s`.
+    TimeoutError
+        Nothing new came for ten minutes.
     """
-    run = _open_when_there(url, storage_options=storage_options, wait_s=wait_s)
-    unchecked = 0
-    for step in run.follow(mode="TRAIN"):
-        statistics = {
-            name: run[name].stats(steps=slice(unchecked, step + 1))
-            for name in run.names("gradient/*")
-        }
-        if not any(len(columns["step"]) for columns in statistics.values()):
-            continue  # a step that logged only loss and accuracy
-        unchecked = step + 1
-        smallest_l2, smallest_name, not_finite, problems = check_gradients(statistics)
-        yield Observation(
-            step=step,
-            loss=float(run["loss"].read(step=step, mode="TRAIN")),
-            accuracy=float(run["accuracy"].read(step=step, mode="TRAIN")),
-            smallest_l2=smallest_l2,
-            smallest_name=smallest_name,
-            not_finite=not_finite,
-            problems=problems,
-            is_closed=run.is_closed,
-        )
+    with _open_when_there(url, storage_options=storage_options, wait_s=wait_s) as run:
+        unchecked = 0
+        for step in run.follow(mode="TRAIN", timeout_s=_SILENCE_S):
+            statistics = {
+                name: run[name].stats(steps=slice(unchecked, step + 1))
+                for name in run.names("gradient/*")
+            }
+            if not any(len(columns["step"]) for columns in statistics.values()):
+                continue  # a step that logged only loss and accuracy
+            unchecked = step + 1
+            smallest_l2, smallest_name, not_finite, problems = check_gradients(statistics)
+            yield Observation(
+                step=step,
+                loss=float(run["loss"].read(step=step, mode="TRAIN")),
+                accuracy=float(run["accuracy"].read(step=step, mode="TRAIN")),
+                smallest_l2=smallest_l2,
+                smallest_name=smallest_name,
+                not_finite=not_finite,
+                problems=problems,
+                is_closed=run.is_closed,
+            )
 
 
 def _open_when_there(

@@ -34,7 +34,7 @@ _WEIGHT_DECAY = 0.5
 class LogsSteps(Protocol):
     """What the training needs of a run."""
 
-    def log(self, values: Mapping[str, object], *, step: int, mode: str | None = None) -> None:
+    def log(self, data: Mapping[str, object], *, step: int, mode: str | None = None) -> None:
         """Take the values of one step."""
 
 

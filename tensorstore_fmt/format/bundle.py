@@ -55,7 +55,9 @@ def encode(
     return [head, table, *(data for _, _, data in segments)]
 
 
-def decode(data: bytes | memoryview, *, run_id: bytes, nbytes: int | None = None) -> list[BundleRow]:
+def decode(
+    data: bytes | memoryview, *, run_id: bytes, nbytes: int | None = None
+) -> list[BundleRow]:
     """Check and read header and table from the first bytes of a bundle.
 
     Raises
@@ -113,9 +115,7 @@ def _rows(table: bytes, begin: int, file_nbytes: int) -> list[BundleRow]:
         begin = offset + nbytes
         key = layout.WriterKey(worker=worker, attempt=attempt, writer=writer)
         name = layout.SegmentName(key=key, last=last, count=count)
-        rows.append(
-            BundleRow(name=name, file_nbytes=segment_nbytes, offset=offset, nbytes=nbytes)
-        )
+        rows.append(BundleRow(name=name, file_nbytes=segment_nbytes, offset=offset, nbytes=nbytes))
     if begin != file_nbytes:
         raise FormatError(f"{layout.BUNDLE}: the table does not cover the file")
     return rows

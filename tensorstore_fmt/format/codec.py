@@ -1,17 +1,15 @@
 """Codecs: raw chunks to payloads and back (spec, "Codecs"); bytes in, bytes out, no I/O.
 
 `Encoder` picks a codec for each chunk from a sample, `decode` undoes any of them and
-trusts nothing it is given. Strings are packed and cut here too, because their raw chunk
-is a little format of its own (spec, "Raw chunks").
+trusts nothing it is given.
 """
 
 from __future__ import annotations
 
-import itertools
 import struct
 import threading
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import crc32c
 import numpy as np
@@ -30,8 +28,6 @@ __all__ = [
     "Hint",
     "decode",
     "encode_delta",
-    "pack_strings",
-    "unpack_strings",
 ]
 
 Buffer = bytes | bytearray | memoryview | NDArray[np.uint8]
@@ -593,59 +589,3 @@ def _malformed(message: str) -> FormatError:
 
 def _limit(what: str, found: int, limit: int) -> LimitError:
     return LimitError(f"{what} of {found} bytes, at most {limit} are allowed", nbytes=found)
-
-
-_FIRST_NON_CONTINUATION: Final = -64
-"""Bytes of UTF-8 below this, as int8, continue a character."""
-
-# --- strings --------------------------------------------------------------------
-
-
-def pack_strings(strings: list[str]) -> bytes:
-    """Give the raw chunk of string elements (spec, "Raw chunks"); no elements are no bytes.
-
-    Raises
-    ------
-    ArgumentError
-        A string has a surrogate, so that it has no UTF-8, or all are longer than a chunk may be.
-    """
-    if not strings:
-        return b""
-    try:
-        encoded = [string.encode() for string in strings]
-    except UnicodeEncodeError as error:
-        raise ArgumentError(f"a string cannot be stored as UTF-8: {error}") from error
-    offsets = np.zeros(len(encoded) + 1, np.int64)
-    np.cumsum(np.fromiter(map(len, encoded), np.int64, len(encoded)), out=offsets[1:])
-    nbytes = 4 * len(offsets) + int(offsets[-1])
-    if nbytes > layout.MAX_CHUNK_RAW_NBYTES:
-        raise ArgumentError(
-            f"strings of {nbytes} bytes do not fit a chunk of {layout.MAX_CHUNK_RAW_NBYTES}",
-            nbytes=nbytes,
-        )
-    return b"".join([offsets.astype(_U32).tobytes(), *encoded])
-
-
-def unpack_strings(raw: Buffer, n: int) -> list[str]:
-    """Cut a raw chunk into its n strings, or raise `FormatError`."""
-    head = 4 * (n + 1) if n else 0
-    if len(raw) < head or (n == 0 and len(raw)):
-        raise _malformed(f"raw chunk of {n} strings has {len(raw)} bytes")
-    if n == 0:
-        return []
-    offsets: NDArray[Any] = np.frombuffer(raw, _U32, n + 1).astype(np.int64)
-    data = bytes(_view(raw)[head:])
-    if offsets[0] != 0 or offsets[-1] != len(data) or (offsets[1:] < offsets[:-1]).any():
-        raise _malformed("offsets of strings do not ascend from 0 to the number of bytes")
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        raise _malformed(f"strings are not UTF-8: {error}") from error
-    cuts = offsets.tolist()
-    if len(text) == len(data):
-        return [text[a:b] for a, b in itertools.pairwise(cuts)]
-    # All bytes together are UTF-8: each string is, if no cut goes through a character.
-    inner = offsets[offsets < len(data)]
-    if (np.frombuffer(data, np.int8)[inner] < _FIRST_NON_CONTINUATION).any():
-        raise _malformed("an offset of strings cuts through a character")
-    return [data[a:b].decode() for a, b in itertools.pairwise(cuts)]

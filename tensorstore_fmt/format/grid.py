@@ -1,11 +1,18 @@
-"""Grids: how a tensor's box is cut into chunks (spec, "Grid"), and which chunk lengths to choose."""
+"""Grids: how a tensor's box is cut into chunks (spec, "Grid"), and which lengths to choose."""
 
 from __future__ import annotations
 
 import math
 from typing import Final
 
-__all__ = ["DEFAULT_CHUNK_NBYTES", "chunk_box", "chunk_counts", "choose_grid", "n_chunks", "steps_lengths"]
+__all__ = [
+    "DEFAULT_CHUNK_NBYTES",
+    "choose_grid",
+    "chunk_box",
+    "chunk_counts",
+    "n_chunks",
+    "steps_lengths",
+]
 
 DEFAULT_CHUNK_NBYTES: Final = 256 * 1024
 _BATCHED_NBYTES: Final = 64 * 1024  # inner boxes of at least this size stay apart

@@ -1,4 +1,4 @@
-"""Pages: blocks of rows of a segment (spec, "Pages"): catalog, shards, entries."""
+"""Pages: blocks of rows of a segment (spec, "Pages"); those of shards and of entries."""
 
 from __future__ import annotations
 
@@ -16,40 +16,24 @@ import zstandard
 
 from tensorstore_fmt.errors import ChecksumError, FormatError, LimitError, TruncatedError
 from tensorstore_fmt.format import layout
+from tensorstore_fmt.format.columns import fixed, numbers
 from tensorstore_fmt.format.ragged import Ragged
 
 __all__ = [
     "ENTRY_ROW",
     "Entries",
-    "Series",
     "StoredPage",
-    "decode_catalog",
+    "cut_rows",
     "decode_entries",
     "decode_shards",
-    "encode_catalog",
     "encode_entries",
     "encode_shards",
+    "load_page",
+    "store_page",
 ]
 
 _INTS: Final = pa.list_(pa.int64())
 
-CATALOG_SCHEMA: Final = pa.schema(
-    [
-        ("name", pa.utf8()),
-        ("kind", pa.uint8()),
-        ("mode", pa.uint8()),
-        ("dtype", pa.utf8()),
-        ("shape", _INTS),
-        ("grid", _INTS),
-        ("global_shape", _INTS),
-        ("origin", _INTS),
-        ("first_step", pa.int64()),
-        ("last_step", pa.int64()),
-        ("steps", pa.int64()),
-        ("raw_nbytes", pa.int64()),
-        ("stored_nbytes", pa.int64()),
-    ]
-)
 SHARDS_SCHEMA: Final = pa.schema(
     [
         ("worker", pa.uint32()),
@@ -91,48 +75,6 @@ ENTRY_ROW: Final = np.dtype(
 """The columns of an entry that have a fixed width, as a NumPy record."""
 
 _ENTRY_NBYTES: Final = ENTRY_ROW.itemsize + 8  # with the offsets of dims and inline
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Series:
-    """One row of a catalog."""
-
-    name: str
-    kind: int
-    mode: int
-    dtype: str
-    shape: tuple[int, ...]
-    grid: tuple[int, ...]
-    global_shape: tuple[int, ...] = ()
-    origin: tuple[int, ...] = ()
-    first_step: int = 0
-    last_step: int = 0
-    steps: int = 0
-    raw_nbytes: int = 0
-    stored_nbytes: int = 0
-
-    @property
-    def identity(self) -> tuple[object, ...]:
-        """What makes a series; in the order of a catalog's rows."""
-        return (
-            self.name,
-            self.kind,
-            self.mode,
-            self.dtype,
-            self.grid,
-            self.global_shape,
-            self.origin,
-        )
-
-    @property
-    def group(self) -> tuple[object, ...]:
-        """What series have in common whose steps replace each other."""
-        return (self.name, self.kind, self.mode, self.global_shape, self.origin)
-
-    def full_shape(self, dims: Sequence[int]) -> tuple[int, ...]:
-        """Give the shape at an entry whose varying lengths are `dims`."""
-        left = iter(dims)
-        return tuple(next(left) if n < 0 else n for n in self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +154,8 @@ _per_thread = _PerThread()
 # --- encode -------------------------------------------------------------------
 
 
-def _store(batch: pa.RecordBatch, kind: int, **root: int) -> StoredPage:
+def store_page(batch: pa.RecordBatch, kind: int, **root: int) -> StoredPage:
+    """Encode a record batch as a page; `root` goes into its row of the root."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, batch.schema) as writer:
         writer.write_batch(batch)
@@ -230,7 +173,7 @@ def _store(batch: pa.RecordBatch, kind: int, **root: int) -> StoredPage:
     )
 
 
-def _cut(nbytes: np.ndarray) -> list[int]:
+def cut_rows(nbytes: np.ndarray) -> list[int]:
     """Give row numbers at which pages begin and end, for rows of these sizes."""
     total = np.cumsum(nbytes)
     borders = [0]
@@ -242,60 +185,27 @@ def _cut(nbytes: np.ndarray) -> list[int]:
     return borders
 
 
-def encode_catalog(series: Sequence[Series]) -> list[StoredPage]:
-    """Encode catalog rows, which must be in order of `Series.identity`."""
-    if not series:
-        return []
-    sizes = np.fromiter(
-        (4 * len(s.name) + 80 + 32 * len(s.shape) + 16 * len(s.origin) for s in series),
-        np.int64,
-        len(series),
-    )
-    borders = _cut(sizes)
-    pages = []
-    for begin, end in itertools.pairwise(borders):
-        part = series[begin:end]
-        columns = [
-            pa.array([s.name for s in part], pa.utf8()),
-            pa.array([s.kind for s in part], pa.uint8()),
-            pa.array([s.mode for s in part], pa.uint8()),
-            pa.array([s.dtype for s in part], pa.utf8()),
-            Ragged.of_ints([s.shape for s in part]).to_arrow_list(),
-            Ragged.of_ints([s.grid for s in part]).to_arrow_list(),
-            Ragged.of_ints([s.global_shape for s in part]).to_arrow_list(),
-            Ragged.of_ints([s.origin for s in part]).to_arrow_list(),
-            pa.array([s.first_step for s in part], pa.int64()),
-            pa.array([s.last_step for s in part], pa.int64()),
-            pa.array([s.steps for s in part], pa.int64()),
-            pa.array([s.raw_nbytes for s in part], pa.int64()),
-            pa.array([s.stored_nbytes for s in part], pa.int64()),
-        ]
-        batch = pa.RecordBatch.from_arrays(columns, schema=CATALOG_SCHEMA)
-        pages.append(
-            _store(batch, layout.PAGE_CATALOG, first_series=begin, last_series=end - 1)
-        )
-    return pages
-
-
 def encode_shards(shards: Sequence[tuple[layout.ShardName, int]]) -> list[StoredPage]:
     """Encode the shard page: names and lengths; no page for none."""
     if not shards:
         return []
     columns = [
-        pa.array([name.key.worker for name, _ in shards], pa.uint32()),
-        pa.array([name.key.attempt for name, _ in shards], pa.uint32()),
-        pa.array([name.key.writer for name, _ in shards], pa.uint64()),
-        pa.array([name.number for name, _ in shards], pa.int64()),
-        pa.array([nbytes for _, nbytes in shards], pa.int64()),
+        fixed([name.key.worker for name, _ in shards], pa.uint32()),
+        fixed([name.key.attempt for name, _ in shards], pa.uint32()),
+        fixed([name.key.writer for name, _ in shards], pa.uint64()),
+        fixed([name.number for name, _ in shards], pa.int64()),
+        fixed([nbytes for _, nbytes in shards], pa.int64()),
     ]
-    return [_store(pa.RecordBatch.from_arrays(columns, schema=SHARDS_SCHEMA), layout.PAGE_SHARDS)]
+    return [
+        store_page(pa.RecordBatch.from_arrays(columns, schema=SHARDS_SCHEMA), layout.PAGE_SHARDS)
+    ]
 
 
 def encode_entries(entries: Entries) -> list[StoredPage]:
     """Encode entries, which must be in the order of the spec, into pages."""
     if not len(entries):
         return []
-    borders = _cut(_ENTRY_NBYTES + 8 * entries.dims.lengths + entries.inline.lengths)
+    borders = cut_rows(_ENTRY_NBYTES + 8 * entries.dims.lengths + entries.inline.lengths)
     last = entries.last_step
     pages = []
     for begin, end in itertools.pairwise(borders):
@@ -305,12 +215,12 @@ def encode_entries(entries: Entries) -> list[StoredPage]:
             if field.name == "dims"
             else part.inline.to_arrow_binary()
             if field.name == "inline"
-            else pa.array(np.ascontiguousarray(part.rows[field.name]))
+            else fixed(part.rows[field.name], field.type)
             for field in ENTRIES_SCHEMA
         ]
         batch = pa.RecordBatch.from_arrays(columns, schema=ENTRIES_SCHEMA)
         pages.append(
-            _store(
+            store_page(
                 batch,
                 layout.PAGE_ENTRIES,
                 first_series=int(part.rows["series"][0]),
@@ -325,12 +235,14 @@ def encode_entries(entries: Entries) -> list[StoredPage]:
 # --- decode -------------------------------------------------------------------
 
 
-def _load(stored: bytes | memoryview, row: np.void, schema: pa.Schema, where: str) -> pa.RecordBatch:
+def load_page(
+    stored: bytes | memoryview, row: np.void, schema: pa.Schema, where: str
+) -> pa.RecordBatch:
     """Check a page against its row of the root and give its record batch."""
     nbytes, raw_nbytes, rows = int(row["nbytes"]), int(row["raw_nbytes"]), int(row["rows"])
     if len(stored) != nbytes:
         raise TruncatedError(
-            f"{where}: page of {nbytes} bytes at {int(row['offset'])}, only {len(stored)} are there",
+            f"{where}: page of {nbytes} bytes at {int(row['offset'])}, only {len(stored)} of them",
             offset=int(row["offset"]),
         )
     found = crc32c.crc32c(stored)
@@ -370,85 +282,14 @@ def _load(stored: bytes | memoryview, row: np.void, schema: pa.Schema, where: st
 
 
 def _numpy(batch: pa.RecordBatch, name: str) -> np.ndarray:
-    return batch.column(name).to_numpy()
-
-
-@dataclass(frozen=True, slots=True)
-class CatalogColumns:
-    """One decoded catalog page, in columns."""
-
-    names: list[str]
-    kind: np.ndarray
-    mode: np.ndarray
-    dtypes: list[str]
-    lists: dict[str, Ragged]
-    sums: dict[str, np.ndarray]
-
-    def series(self, row: int) -> Series:
-        """Give one row."""
-        return Series(
-            name=self.names[row],
-            kind=int(self.kind[row]),
-            mode=int(self.mode[row]),
-            dtype=self.dtypes[row],
-            shape=self.lists["shape"].tuple(row),
-            grid=self.lists["grid"].tuple(row),
-            global_shape=self.lists["global_shape"].tuple(row),
-            origin=self.lists["origin"].tuple(row),
-            **{key: int(column[row]) for key, column in self.sums.items()},
-        )
-
-
-def decode_catalog(stored: bytes | memoryview, row: np.void, where: str) -> CatalogColumns:
-    """Check and decode one catalog page."""
-    batch = _load(stored, row, CATALOG_SCHEMA, where)
-    kind, mode = _numpy(batch, "kind"), _numpy(batch, "mode")
-    names = batch.column("name")
-    lists = {
-        key: Ragged.of_arrow(batch.column(key))
-        for key in ("shape", "grid", "global_shape", "origin")
-    }
-    rank = lists["shape"].lengths
-    part = lists["global_shape"].lengths
-    name_nbytes = np.diff(np.frombuffer(names.buffers()[1], np.int32)[: batch.num_rows + 1])
-    is_bad = (
-        (kind > layout.KIND_STEPS)
-        | (mode >= len(layout.MODES))
-        | (lists["grid"].lengths != rank)
-        | (lists["origin"].lengths != part)
-        | ((part != rank) & (part != 0) & (kind != layout.KIND_STATS))
-        | ((name_nbytes == 0) != (kind == layout.KIND_STEPS))
-    )
-    if is_bad.any():
-        raise FormatError(f"{where}: row {int(is_bad.argmax())} of a catalog page contradicts itself")
-    if (name_nbytes > layout.MAX_NAME_NBYTES).any() or (rank > layout.MAX_RANK).any() or (
-        part > layout.MAX_RANK
-    ).any():
-        raise LimitError(f"{where}: a name or a rank in the catalog is above the limits")
-    for key, least in (("shape", -1), ("grid", 0), ("global_shape", 0), ("origin", 0)):
-        values = lists[key].values
-        if len(values) and (values.min() < least or values.max() > layout.MAX_AXIS):
-            raise LimitError(f"{where}: a {key} in the catalog is out of range")
-    sums = {
-        key: _numpy(batch, key)
-        for key in ("first_step", "last_step", "steps", "raw_nbytes", "stored_nbytes")
-    }
-    if (
-        sums["first_step"].min() < 0
-        or sums["last_step"].max() > layout.MAX_STEP
-        or (sums["first_step"] > sums["last_step"]).any()
-    ):
-        raise FormatError(f"{where}: the steps of a series in the catalog are out of range")
-    return CatalogColumns(
-        names.to_pylist(), kind, mode, batch.column("dtype").to_pylist(), lists, sums
-    )
+    return numbers(batch.column(name))
 
 
 def decode_shards(
     stored: bytes | memoryview, row: np.void, where: str
 ) -> list[tuple[layout.ShardName, int]]:
     """Check and decode the shard page."""
-    batch = _load(stored, row, SHARDS_SCHEMA, where)
+    batch = load_page(stored, row, SHARDS_SCHEMA, where)
     columns = [batch.column(name).to_pylist() for name in SHARDS_SCHEMA.names]
     shards = []
     for worker, attempt, writer, number, nbytes in zip(*columns, strict=True):
@@ -471,7 +312,7 @@ def decode_entries(
     n_shards
         Rows of the shard page.
     """
-    batch = _load(stored, row, ENTRIES_SCHEMA, where)
+    batch = load_page(stored, row, ENTRIES_SCHEMA, where)
     rows = np.empty(batch.num_rows, ENTRY_ROW)
     for name in ENTRY_ROW.names or ():
         rows[name] = _numpy(batch, name)
@@ -519,7 +360,9 @@ def _check_entries(
         | (entries.dims.lengths != varying[series])
     )
     if is_bad.any():
-        raise FormatError(f"{where}: row {int(is_bad.argmax())} of an entry page contradicts itself")
+        raise FormatError(
+            f"{where}: row {int(is_bad.argmax())} of an entry page contradicts itself"
+        )
     if len(entries.dims.values) and int(entries.dims.values.min()) < 0:
         raise FormatError(f"{where}: an entry has a negative length")
     if len(rows) > 1:

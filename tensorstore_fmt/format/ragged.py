@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
 import pyarrow as pa
+
+from tensorstore_fmt.format import columns
 
 __all__ = ["Ragged"]
 
@@ -49,8 +52,8 @@ class Ragged:
     def of_arrow(cls, column: pa.ListArray | pa.BinaryArray) -> Self:
         """Take an Arrow list<int64> or binary column; the values are not copied."""
         if isinstance(column, pa.ListArray):
-            offsets = column.offsets.to_numpy().astype(np.int64)
-            values = column.values.to_numpy(zero_copy_only=True)
+            offsets = columns.numbers(column.offsets).astype(np.int64)
+            values = columns.numbers(column.values)
         else:
             _, offsets_buffer, data = column.buffers()
             offsets = np.frombuffer(offsets_buffer, np.int32)[
@@ -64,7 +67,7 @@ class Ragged:
     def to_arrow_list(self) -> pa.ListArray:
         """Give an Arrow list<int64> column."""
         return pa.ListArray.from_arrays(
-            pa.array(self.offsets.astype(np.int32)), pa.array(self.values)
+            columns.fixed(self.offsets, pa.int32()), columns.fixed(self.values, pa.int64())
         )
 
     def to_arrow_binary(self) -> pa.BinaryArray:
@@ -86,9 +89,20 @@ class Ragged:
         """Length of each row."""
         return np.diff(self.offsets)
 
-    def tuple(self, row: int) -> tuple[int, ...]:
+    def row(self, number: int) -> tuple[int, ...]:
         """Give one row of integers."""
-        return tuple(self[row].tolist())
+        return tuple(self[number].tolist())
+
+    def tuples(self) -> list[tuple[int, ...]]:
+        """Give all rows of integers."""
+        lengths = self.lengths
+        if not len(lengths):
+            return []
+        width = int(lengths[0])
+        if (lengths == width).all():  # nearly always: no Python per element then
+            return list(map(tuple, self.values.reshape(len(self), width).tolist()))
+        values, offsets = self.values.tolist(), self.offsets.tolist()
+        return [tuple(values[a:b]) for a, b in itertools.pairwise(offsets)]
 
     def take(self, rows: np.ndarray) -> Ragged:
         """Give the rows with these numbers, in this order."""

@@ -127,7 +127,7 @@ def _read(body: object) -> RunInfo:
         raise FormatError("run.json: format_version is not [major, minor]")
     if version[0] != layout.MAJOR:
         raise UnsupportedError(
-            f"the run has format version {version[0]}.{version[1]}, this version of tensorstore_fmt "
+            f"the run has format version {version[0]}.{version[1]}, this tensorstore_fmt "
             f"reads {layout.MAJOR}.x: use a newer one",
             version=tuple(version),
         )

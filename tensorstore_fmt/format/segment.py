@@ -18,9 +18,25 @@ from tensorstore_fmt.errors import (
     UnsupportedError,
 )
 from tensorstore_fmt.format import layout, page
-from tensorstore_fmt.format.page import Entries, Series, StoredPage
+from tensorstore_fmt.format.catalog import (
+    SUMS,
+    CatalogColumns,
+    CatalogTable,
+    Series,
+    decode_catalog,
+    encode_catalog,
+)
+from tensorstore_fmt.format.page import Entries, StoredPage
 
-__all__ = ["Catalog", "Head", "Header", "decode_head", "decode_header", "encode", "recover_head_parts"]
+__all__ = [
+    "Catalog",
+    "Head",
+    "Header",
+    "decode_head",
+    "decode_header",
+    "encode",
+    "recover_head_parts",
+]
 
 _HEADER = layout.SEGMENT_HEADER
 _CRC = slice(_HEADER.size - 4, _HEADER.size)
@@ -58,7 +74,7 @@ class Header:
 
 def _pack(header: Header, **sizes: int) -> bytes:
     def size(field: str) -> int:
-        return sizes.get(field, getattr(header, field))
+        return int(sizes.get(field, getattr(header, field)))
 
     data = _HEADER.pack(
         layout.SEGMENT_MAGIC,
@@ -90,15 +106,15 @@ def _pack(header: Header, **sizes: int) -> bytes:
 
 def encode(
     header: Header,
-    series: Sequence[Series],
+    series: CatalogTable | Sequence[Series],
     shards: Sequence[tuple[layout.ShardName, int]],
     entry_pages: Sequence[StoredPage],
 ) -> list[bytes]:
     """Give the bytes of a segment, in parts.
 
-    `series` are in order of `Series.identity`; sizes and checksums in `header` are filled in.
+    `series` are in order of their identities; sizes and checksums in `header` are filled in.
     """
-    head_pages = page.encode_catalog(series) + page.encode_shards(shards)
+    head_pages = encode_catalog(series) + page.encode_shards(shards)
     pages = [*head_pages, *entry_pages]
     root = np.zeros(len(pages), layout.ROOT_ROW)
     for field in ("raw_nbytes", "crc32c", "rows", "first_series", "last_series"):
@@ -210,9 +226,7 @@ def _unpack(data: bytes) -> tuple[Header, int, int]:
     return header, major, flags
 
 
-def _check_header(
-    header: Header, data: bytes, flags: int, where: str, nbytes: int | None
-) -> None:
+def _check_header(header: Header, data: bytes, flags: int, where: str, nbytes: int | None) -> None:
     if nbytes is not None and nbytes < header.file_nbytes:
         raise TruncatedError(
             f"{where}: {nbytes:,} bytes, should have {header.file_nbytes:,}; it was cut short",
@@ -245,7 +259,7 @@ def _check_header(
 class Catalog:
     """All catalog rows of one segment; `Series` objects are made when asked for."""
 
-    def __init__(self, pages: Sequence[page.CatalogColumns]) -> None:
+    def __init__(self, pages: Sequence[CatalogColumns]) -> None:
         self._pages = pages
         self.names: list[str] = [name for p in pages for name in p.names]
         self._begins = np.cumsum([0, *(len(p.names) for p in pages)])
@@ -261,6 +275,21 @@ class Catalog:
             found = self._pages[which].series(number - int(self._begins[which]))
             self._series[number] = found
         return found
+
+    def table(self) -> CatalogTable:
+        """Give all rows, in columns of Python values."""
+        lists = {
+            key: [row for p in self._pages for row in p.lists[key].tuples()]
+            for key in ("shape", "grid", "global_shape", "origin")
+        }
+        return CatalogTable(
+            names=self.names,
+            kind=self.kind.tolist(),
+            mode=self.mode.tolist(),
+            dtypes=[dtype for p in self._pages for dtype in p.dtypes],
+            sums={key: self.column(key) for key in SUMS},
+            **lists,
+        )
 
     @cached_property
     def kind(self) -> np.ndarray:
@@ -349,14 +378,14 @@ def decode_head(header: Header, data: bytes | memoryview) -> Head:
         )
     root = np.frombuffer(root_bytes, layout.ROOT_ROW)
     _check_root(root, header, where)
-    catalogs: list[page.CatalogColumns] = []
+    catalogs: list[CatalogColumns] = []
     shards: list[tuple[layout.ShardName, int]] = []
     for row in root:
         if row["kind"] == layout.PAGE_ENTRIES:
             break
         stored = data[int(row["offset"]) : int(row["offset"]) + int(row["nbytes"])]
         if row["kind"] == layout.PAGE_CATALOG:
-            catalogs.append(page.decode_catalog(stored, row, where))
+            catalogs.append(decode_catalog(stored, row, where))
         else:
             shards = page.decode_shards(stored, row, where)
     catalog = Catalog(catalogs)

@@ -20,12 +20,16 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from tensorstore_fmt.format import layout
-from tensorstore_fmt.format.page import Series
+from tensorstore_fmt.format.catalog import Series
+from tensorstore_fmt.format.codec import Buffer
+from tensorstore_fmt.format.columns import fixed, texts
 from tensorstore_fmt.format.ragged import Ragged
 
 __all__ = ["SHARD_SCHEMA", "ShardEncoder", "ShardRow", "row_crc"]
 
-Buffer = bytes | bytearray | memoryview | np.ndarray | pa.Buffer
+
+Stored = bytes | bytearray | memoryview
+"""What can be handed to a file."""
 
 _INTS: Final = pa.list_(pa.int64())
 SHARD_SCHEMA: Final = pa.schema(
@@ -117,13 +121,13 @@ class _Scatter:
     def __init__(self, placeholder: int) -> None:
         self._placeholder = placeholder
         self.position = 0
-        self.parts: list[Buffer] = []
-        self.payload: Sequence[Buffer] = ()
+        self.parts: list[Stored] = []
+        self.payload: Sequence[Stored] = ()
         self.payload_at = -1
 
     def write(self, data: bytes | pa.Buffer) -> int:
         if isinstance(data, pa.Buffer):
-            size = data.size
+            size: int = data.size
             if data.address == self._placeholder:
                 self.payload_at = self.position
                 self.parts.extend(self.payload)
@@ -135,7 +139,7 @@ class _Scatter:
         self.position += size
         return size
 
-    def take(self) -> list[Buffer]:
+    def take(self) -> list[Stored]:
         parts, self.parts = self.parts, []
         return parts
 
@@ -188,15 +192,15 @@ class ShardEncoder:
         """Bytes given so far."""
         return self._sink.position
 
-    def batch(self, rows: Sequence[ShardRow]) -> tuple[list[Buffer], list[int]]:
+    def batch(self, rows: Sequence[ShardRow]) -> tuple[list[Stored], list[int]]:
         """Give the bytes to append for one record batch, and each payload's offset in the file."""
         lengths = np.fromiter((row.nbytes for row in rows), np.int64, len(rows))
         padded = -(-lengths // layout.PAYLOAD_ALIGNMENT) * layout.PAYLOAD_ALIGNMENT
         offsets = np.zeros(len(rows) + 1, np.int64)
         np.cumsum(padded, out=offsets[1:])
-        payload: list[Buffer] = []
+        payload: list[Stored] = []
         for row, gap in zip(rows, (padded - lengths).tolist(), strict=True):
-            payload.extend(row.parts)
+            payload += [p.data if isinstance(p, np.ndarray) else p for p in row.parts]
             if gap:
                 payload.append(bytes(gap))
         total = int(offsets[-1])
@@ -227,18 +231,18 @@ class ShardEncoder:
                     )
                 )
             elif name == "row_crc":
-                columns.append(pa.array(crcs, pa.uint32()))
+                columns.append(fixed(crcs, pa.uint32()))
             elif name in ("shape", "grid", "global_shape", "origin"):
-                columns.append(
-                    Ragged.of_ints([getattr(s, name) for s in series]).to_arrow_list()
-                )
-            elif name in ("name", "kind", "mode", "dtype"):
-                columns.append(pa.array([getattr(s, name) for s in series], field.type))
+                columns.append(Ragged.of_ints([getattr(s, name) for s in series]).to_arrow_list())
+            elif name in ("name", "dtype"):
+                columns.append(texts([getattr(s, name) for s in series]))
+            elif name in ("kind", "mode"):
+                columns.append(fixed([getattr(s, name) for s in series], field.type))
             else:
-                columns.append(pa.array([getattr(row, name) for row in rows], field.type))
+                columns.append(fixed([getattr(row, name) for row in rows], field.type))
         return pa.RecordBatch.from_arrays(columns, schema=self._schema)
 
-    def seal(self) -> list[Buffer]:
+    def seal(self) -> list[Stored]:
         """Give the bytes that end the file (end-of-stream mark, footer)."""
         self._writer.close()
         return self._sink.take()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from numpy.typing import NDArray
 
 from tensorstore_fmt.errors import FormatError, MissingFileError
 from tensorstore_fmt.format import layout
-from tensorstore_fmt.format.page import Entries
+from tensorstore_fmt.format.page import ENTRY_ROW, Entries
+from tensorstore_fmt.format.ragged import Ragged
 from tensorstore_fmt.reading.locks import ForkSafeLock
 from tensorstore_fmt.reading.plan import merge_ranges
 from tensorstore_fmt.reading.view import Segment, Source, View
@@ -244,7 +246,13 @@ class Found:
     @property
     def source(self) -> _I64:
         """Number of each entry's source."""
+        if len(self.sources) == 1:
+            return np.zeros(len(self.entries), np.int64)
         return np.repeat(np.arange(len(self.sources)), np.diff(self.begins))
+
+    def source_of(self, entry: int) -> Source:
+        """Give where an entry comes from."""
+        return self.sources[bisect_right(self.begins, entry) - 1]
 
     @property
     def last_step(self) -> _I64:
@@ -312,8 +320,22 @@ def _collect(
         query,
         tuple(sources),
         tuple(begins),
-        Entries.concat(pieces),
+        _concat(pieces),
         counts[0] if len(counts) == 1 else np.concatenate(counts or [np.empty(0, np.int64)]),
+    )
+
+
+def _concat(pieces: Sequence[Entries]) -> Entries:
+    """Put entries behind each other; `np.concatenate` is slow on records."""
+    if len(pieces) < 2:
+        return pieces[0] if pieces else Entries.empty()
+    rows = np.empty(sum(map(len, pieces)), ENTRY_ROW)
+    at = 0
+    for piece in pieces:
+        rows[at : at + len(piece)] = piece.rows
+        at += len(piece)
+    return Entries(
+        rows, Ragged.concat([p.dims for p in pieces]), Ragged.concat([p.inline for p in pieces])
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from tensorstore_fmt.errors import FormatError
 from tensorstore_fmt.format import layout
-from tensorstore_fmt.format.page import Series
+from tensorstore_fmt.format.catalog import Series
 from tensorstore_fmt.format.runfile import RunInfo
 from tensorstore_fmt.format.segment import Head, Header
 

@@ -7,6 +7,7 @@ connection per process. An `ObjectStore` makes single requests and says which fa
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import secrets
 import threading
@@ -240,14 +241,11 @@ class RemoteStorage(Storage):
             finalizer()
 
 
-_inherited: list[ObjectStore] = []
-
-
 def _discard(store: ObjectStore, loop: asyncio.AbstractEventLoop, pid: int) -> None:
     if os.getpid() != pid:
         # Forked: the selector is shared with the parent, and closing a connection here would
-        # make the parent deaf on its own. So this copy has to stay as it is.
-        _inherited.append(store)
+        # make the parent deaf on its own. So this copy is never freed, not even at exit.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(store))
         return
     if not loop.is_running():
         return

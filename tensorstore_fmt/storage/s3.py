@@ -87,6 +87,8 @@ def s3_opener(url: str, options: Mapping[str, object]) -> OpenStore:
     where = without_credentials(url)
     known = {*_parameters(s3fs.S3FileSystem), *_parameters(AioSession)} - _OURS
     check_options(options, known, where)
+    if not url.partition("://")[2].strip("/"):
+        raise ArgumentError(f"{where} names no bucket")
     config = options.get("config_kwargs") or {}
     if not isinstance(config, Mapping):
         raise ArgumentError(f"{where}: config_kwargs is {config!r}, expected a mapping")
@@ -112,8 +114,6 @@ def s3_opener(url: str, options: Mapping[str, object]) -> OpenStore:
             raise ArgumentError(f"{where}: {error}") from error
         filesystem.retries = 1
         bucket, key, _ = filesystem.split_path(url)
-        if not bucket:
-            raise ArgumentError(f"{where} names no bucket")
         return S3Store(filesystem, bucket, key.strip("/"), where)
 
     return open_store

@@ -369,6 +369,7 @@ def serve(answer: Callable[[Asked], Reply]) -> Iterator[Server]:
             server.asked.append(asked)
             reply = answer(asked)
             if reply.status == 0:
+                self.close_connection = True
                 return
             self.send_response(reply.status)
             for name, value in {"Content-Length": str(len(reply.body)), **reply.headers}.items():

@@ -12,15 +12,12 @@ from tensorstore_fmt.writing.segments import SegmentLog
 
 __all__ = ["finish", "write_bundle"]
 
-_MANY_SEGMENTS: Final = 8
 _LARGEST_BUNDLE_NBYTES: Final = 64 * 1024 * 1024
 
 
 def finish(storage: Storage, run_id: bytes, own: SegmentLog) -> None:
     """Tidy up the writer's segments and, if it is the last of its attempt, write the bundle."""
-    segments = own.segments
-    if len(segments) > _MANY_SEGMENTS or sum(s.nbytes for s in segments) > layout.PREFIX_NBYTES // 2:
-        own.merge_all()
+    own.finish()
     own.sync()
     if not storage.can_list:
         return

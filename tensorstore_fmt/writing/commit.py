@@ -9,8 +9,11 @@ import crc32c
 import numpy as np
 
 from tensorstore_fmt import dtypes
-from tensorstore_fmt.format import codec, layout, merge
-from tensorstore_fmt.format.page import ENTRY_ROW, Entries, Series
+from tensorstore_fmt.format import codec, layout
+from tensorstore_fmt.format.strings import pack_strings
+from tensorstore_fmt.format.catalog import CatalogTable, Series
+from tensorstore_fmt.format.join import is_alone, join_entries
+from tensorstore_fmt.format.page import ENTRY_ROW, Entries
 from tensorstore_fmt.format.ragged import Ragged
 from tensorstore_fmt.writing.pending import (
     Generation,
@@ -28,7 +31,7 @@ __all__ = ["Tables", "collect", "tables"]
 class Tables:
     """What a segment is made of, before it is cut into pages."""
 
-    series: list[Series]
+    series: CatalogTable
     shards: list[tuple[layout.ShardName, int]]
     entries: Entries
 
@@ -122,7 +125,7 @@ def _inline_strings(
         for at in range(begin, end, 32):
             stop = min(at + 32, end)
             texts = [t for v in values[at:stop] for t in v]  # type: ignore[attr-defined] # lists of str
-            placed = _placed(codec.pack_strings(texts), layout.CODEC_RAW)
+            placed = _placed(pack_strings(texts), layout.CODEC_RAW)
             entries.append(_entry(series, steps[at:stop], placed))
     return entries
 
@@ -175,7 +178,7 @@ def tables(pending: Sequence[tuple[int, Sequence[PendingEntry]]]) -> Tables:
     """
     entries = [e for _, part in pending for e in part]
     if not entries:
-        return Tables([], [], Entries.empty())
+        return Tables(CatalogTable.of([]), [], Entries.empty())
     flushes = np.repeat(
         np.array([number for number, _ in pending], np.int64), [len(part) for _, part in pending]
     )
@@ -199,9 +202,10 @@ def tables(pending: Sequence[tuple[int, Sequence[PendingEntry]]]) -> Tables:
     ]
     inline = Ragged.of_bytes([p.inline or b"" for p in placed])
     table = Entries(rows, _dims(entries, series, numbers), inline)
-    series = _with_sums(series, table, [e.is_new for e in entries])
-    joined = merge.join_entries(table, series, merge.is_alone(series))
-    return Tables(series, shards, joined)
+    catalog = CatalogTable.of(series)
+    catalog.sums = _sums(len(series), table, [e.is_new for e in entries])
+    joined = join_entries(table, catalog, is_alone(catalog))
+    return Tables(catalog, shards, joined)
 
 
 def _catalog(entries: Sequence[PendingEntry]) -> tuple[list[Series], np.ndarray]:
@@ -240,9 +244,7 @@ def _shard_table(
     return [(name, ends[name]) for name in ordered], numbers
 
 
-def _dims(
-    entries: Sequence[PendingEntry], series: Sequence[Series], numbers: np.ndarray
-) -> Ragged:
+def _dims(entries: Sequence[PendingEntry], series: Sequence[Series], numbers: np.ndarray) -> Ragged:
     varying = [tuple(i for i, n in enumerate(s.shape) if n < 0) for s in series]
     if not any(varying):
         return Ragged.empty(len(entries), np.int64)
@@ -253,12 +255,9 @@ def _dims(
     return Ragged.of_ints(rows)
 
 
-def _with_sums(
-    series: Sequence[Series], table: Entries, is_new: Sequence[bool]
-) -> list[Series]:
-    """Fill in the step range and the sums of the catalog."""
+def _sums(n: int, table: Entries, is_new: Sequence[bool]) -> dict[str, np.ndarray]:
+    """Give the step ranges and sums of `n` series."""
     rows = table.rows
-    n = len(series)
     number = rows["series"].astype(np.int64)
     first = np.full(n, layout.MAX_STEP, np.int64)
     last = np.zeros(n, np.int64)
@@ -267,23 +266,14 @@ def _with_sums(
     is_here = rows["codec"] != layout.CODEC_DROPPED
     count = rows["count"].astype(np.int64) * is_here
     repeats = np.where((rows["flags"] & layout.ENTRY_REPEAT) != 0, count, 1)
-    steps = np.zeros(n, np.int64)
+    steps, raw, stored = (np.zeros(n, np.int64) for _ in range(3))
     np.add.at(steps, number, count * (rows["chunk"] == 0))
-    raw = np.zeros(n, np.int64)
     np.add.at(raw, number, rows["raw_nbytes"].astype(np.int64) * repeats)
-    stored = np.zeros(n, np.int64)
     np.add.at(stored, number, rows["nbytes"].astype(np.int64) * np.array(is_new, np.int64))
-    return [
-        replace(
-            s,
-            first_step=f,
-            last_step=e,
-            steps=k,
-            raw_nbytes=r,
-            stored_nbytes=b,
-        )
-        for s, f, e, k, r, b in zip(
-            series, first.tolist(), last.tolist(), steps.tolist(), raw.tolist(), stored.tolist(),
-            strict=True,
-        )
-    ]  # fmt: skip
+    return {
+        "first_step": first,
+        "last_step": last,
+        "steps": steps,
+        "raw_nbytes": raw,
+        "stored_nbytes": stored,
+    }

@@ -40,6 +40,12 @@ class Snapshot:
     array: np.ndarray
 
 
+Empty = Callable[[tuple[int, ...], np.dtype], np.ndarray]
+"""Gives an uninitialised C-contiguous array of this shape and dtype."""
+
+_POOLED_NBYTES: Final = 64 * 1024
+
+
 # --- arrays -------------------------------------------------------------------
 
 _Canonical = Callable[[np.ndarray, np.ndarray], object]
@@ -127,7 +133,12 @@ def _check_shape(name: str, value: object, shape: tuple[int, ...]) -> None:
 
 
 def _from_array(
-    name: str, array: np.ndarray, *, value: object = None, is_ours: bool = False
+    name: str,
+    array: np.ndarray,
+    *,
+    value: object = None,
+    is_ours: bool = False,
+    empty: Empty | None = None,
 ) -> Snapshot:
     """Copy a NumPy array; `is_ours` says that nobody else holds it, so it need not be copied."""
     value = array if value is None else value
@@ -145,6 +156,10 @@ def _from_array(
     if is_ours and array.dtype == stored and array.flags.carray:
         return Snapshot(dtype=stored_name, array=array)
     # A conversion of byte order moves bits, never values: NaN payloads stay as they are.
+    if empty is not None and array.nbytes >= _POOLED_NBYTES:
+        out = empty(array.shape, stored)
+        np.copyto(out, array, casting="equiv")
+        return Snapshot(dtype=stored_name, array=out)
     return Snapshot(dtype=stored_name, array=array.astype(stored, order="C", subok=False))
 
 
@@ -300,7 +315,7 @@ def _check_torch(name: str, value: Any) -> None:  # noqa: ANN401 - torch may not
         raise _refusal(name, value, f"has the dtype {dtype}", hint, dtype=dtype)
 
 
-def _from_torch(name: str, value: object) -> Snapshot:
+def _from_torch(name: str, value: object, empty: Empty | None) -> Snapshot:
     _check_torch(name, value)
     torch: Any = sys.modules["torch"]
     tensor: Any = value
@@ -325,7 +340,7 @@ def _from_torch(name: str, value: object) -> Snapshot:
     except Exception as error:
         problem = f"cannot be read ({error})"
         raise _refusal(name, value, problem, "log a plain torch.Tensor") from error
-    return _from_array(name, array, value=value, is_ours=is_ours)
+    return _from_array(name, array, value=value, is_ours=is_ours, empty=empty)
 
 
 # --- everything else -----------------------------------------------------------
@@ -380,7 +395,7 @@ def _from_dlpack(value: Any) -> np.ndarray:  # noqa: ANN401 - any exporter of DL
         return np.from_dlpack(value, device="cpu")
 
 
-def snapshot(name: str, value: object) -> Snapshot:
+def snapshot(name: str, value: object, *, empty: Empty | None = None) -> Snapshot:
     """Copy what a caller logs into an array that the writer owns.
 
     Parameters
@@ -392,6 +407,9 @@ def snapshot(name: str, value: object) -> Snapshot:
         tuple of numbers that makes one array, or of str; a torch tensor on any device; a JAX
         array; anything with ``__array__``, a buffer, or ``__dlpack__``. An int becomes int64,
         or uint64 if it fits only there; an empty list is float64, as in NumPy.
+    empty
+        Gives memory for large copies, as `numpy.empty` does; memory that was used before
+        is several times as fast to fill as new memory.
 
     Returns
     -------
@@ -405,7 +423,7 @@ def snapshot(name: str, value: object) -> Snapshot:
     """
     kind = type(value)
     if kind is np.ndarray:
-        return _from_array(name, value)  # type: ignore[arg-type] # `kind is` does not narrow
+        return _from_array(name, value, empty=empty)  # type: ignore[arg-type] # `is` does not narrow
     if isinstance(value, np.generic) and not isinstance(value, np.str_):
         return _from_array(name, np.asarray(value), value=value, is_ours=True)
     if isinstance(value, float):
@@ -414,12 +432,12 @@ def snapshot(name: str, value: object) -> Snapshot:
         return Snapshot(dtype="bool", array=np.array(value, _BOOL))
     if isinstance(value, int):
         return _from_int(name, value)
-    return _from_object(name, value)
+    return _from_object(name, value, empty)
 
 
-def _from_object(name: str, value: object) -> Snapshot:
+def _from_object(name: str, value: object, empty: Empty | None) -> Snapshot:
     if _is_torch(value):
-        return _from_torch(name, value)
+        return _from_torch(name, value, empty)
     if isinstance(value, str):
         return _from_strings(name, value, (), value)
     if isinstance(value, complex):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import queue
 import threading
-from collections.abc import Callable
 from typing import Final
 
 import crc32c
@@ -14,10 +13,13 @@ import xxhash
 
 from tensorstore_fmt import dtypes
 from tensorstore_fmt.format import codec, grid, layout, statistics
-from tensorstore_fmt.format.page import Series
+from tensorstore_fmt.format.strings import pack_strings
+from tensorstore_fmt.format.catalog import Series
 from tensorstore_fmt.format.shard import ShardRow
+from tensorstore_fmt.writing.failures import Failures
 from tensorstore_fmt.writing.options import WriterOptions
 from tensorstore_fmt.writing.pending import Generation, PendingEntry, Placed, Save, runs_of_steps
+from tensorstore_fmt.writing.quota import Quota
 from tensorstore_fmt.writing.shards import ShardSink
 
 __all__ = ["DigestTable", "EncoderPool"]
@@ -70,13 +72,13 @@ class EncoderPool:
         sink: ShardSink,
         options: WriterOptions,
         *,
-        release: Callable[[int], None],
-        on_failure: Callable[[Exception, bool], None],
+        quota: Quota,
+        failures: Failures,
     ) -> None:
         self._sink = sink
         self._options = options
-        self._release = release
-        self._on_failure = on_failure
+        self._quota = quota
+        self._failures = failures
         self._digests = DigestTable()
         self._queue: queue.SimpleQueue[tuple[Generation, Save] | None] = queue.SimpleQueue()
         self._threads = [
@@ -112,12 +114,12 @@ class EncoderPool:
                 ).run(self._sink)
             except Exception as error:  # noqa: BLE001 - a bug here must not stop training; it is counted
                 entries = [_lost(save)] if save.steps else []
-                self._on_failure(error, False)
+                self._failures.note(error)
             finally:
                 nbytes = save.nbytes
                 save.arrays = []
                 del work
-                self._release(nbytes)
+                self._quota.end(nbytes)
                 with generation.done:
                     generation.entries += entries
                     generation.outstanding -= 1
@@ -340,11 +342,10 @@ def _bytes_of(array: np.ndarray) -> np.ndarray:
 
 
 def _bytes_of_strings(texts: list[str]) -> np.ndarray:
-    return np.frombuffer(codec.pack_strings(texts), np.uint8)
+    return np.frombuffer(pack_strings(texts), np.uint8)
 
 
 def _all_equal(arrays: list[np.ndarray]) -> bool:
     """Say whether all have the same bits, giving up at the first that differs."""
     first = _bytes_of(arrays[0])
     return all(np.array_equal(first, _bytes_of(a)) for a in arrays[1:])
-

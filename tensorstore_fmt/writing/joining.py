@@ -56,7 +56,14 @@ def join_run(
     NotARunError
         The folder holds something else; or, for another worker than 0, no run appeared in time.
     """
-    info, is_first = _run_info(storage, attrs, worker, join_timeout_s, now_us, new_run_id)
+    info, is_first = _run_info(
+        storage,
+        attrs=attrs,
+        worker=worker,
+        join_timeout_s=join_timeout_s,
+        now_us=now_us,
+        new_run_id=new_run_id,
+    )
     heads = [] if is_first else _newest_headers(storage, info.run_id)
     if resume_from is None:
         number = _current_attempt(storage, heads, attempt, num_workers)
@@ -68,7 +75,7 @@ def join_run(
     also_here = any(
         h.key.attempt == number and h.key.worker == worker and not h.is_closed for h in heads
     )
-    mode_steps = _mode_steps(storage, heads, resume_step) if resume_step and heads else {}
+    mode_steps = _mode_steps(storage, resume_step) if resume_step and heads else {}
     return Joined(
         info=info,
         attempt=number,
@@ -81,6 +88,7 @@ def join_run(
 
 def _run_info(
     storage: Storage,
+    *,
     attrs: Mapping[str, object],
     worker: int,
     join_timeout_s: float,
@@ -148,9 +156,7 @@ def _newest_headers(storage: Storage, run_id: bytes) -> list[segment.Header]:
         if isinstance(data, Exception):
             raise data
         try:
-            headers.append(
-                segment.decode_header(data, where=name.path, run_id=run_id, name=name)
-            )
+            headers.append(segment.decode_header(data, where=name.path, run_id=run_id, name=name))
         except FormatError as error:
             if error.code in ("unsupported_version", "unknown_feature"):
                 raise
@@ -200,9 +206,7 @@ def _next_attempt(
     return newest if is_fellow and not is_here and newest > 0 else newest + 1
 
 
-def _mode_steps(
-    storage: Storage, heads: list[segment.Header], resume_step: int
-) -> dict[int, int]:
+def _mode_steps(storage: Storage, resume_step: int) -> dict[int, int]:
     """Give, per mode, how many steps of it were logged before `resume_step`."""
     names: list[layout.SegmentName] = []
     for file in storage.fetch([Listing(layout.INDEX_DIR)])[0]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tensorstore_fmt.format import layout
-from tensorstore_fmt.format.page import Series
+from tensorstore_fmt.format.catalog import Series
 from tensorstore_fmt.writing.series import Kept
 
 __all__ = ["Generation", "InlineStage", "JoinedStage", "PendingEntry", "Placed", "runs_of_steps"]

@@ -14,13 +14,16 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self
 
-from tensorstore_fmt.errors import ArgumentError, ClosedError, StorageFailedError, TensorStoreError
+from tensorstore_fmt.errors import ArgumentError, ClosedError
 from tensorstore_fmt.format import layout, segment
 from tensorstore_fmt.storage import Storage, open_storage
 from tensorstore_fmt.writing import closing
-from tensorstore_fmt.writing.commit import collect, tables
+from tensorstore_fmt.writing.buffers import BufferPool
+from tensorstore_fmt.writing.commit import tables
+from tensorstore_fmt.writing.committer import Committer, Taken
 from tensorstore_fmt.writing.convert import check_mode, check_name, check_step, snapshot
 from tensorstore_fmt.writing.encoders import EncoderPool
+from tensorstore_fmt.writing.failures import Failures
 from tensorstore_fmt.writing.joining import Joined, join_run
 from tensorstore_fmt.writing.options import (
     MIB,
@@ -29,15 +32,14 @@ from tensorstore_fmt.writing.options import (
     WriterOptions,
     check_options,
 )
-from tensorstore_fmt.writing.pending import Generation, PendingEntry, Save
+from tensorstore_fmt.writing.pending import Generation, Save
+from tensorstore_fmt.writing.quota import Quota
 from tensorstore_fmt.writing.segments import SegmentLog
 from tensorstore_fmt.writing.series import Kept
 from tensorstore_fmt.writing.shards import ShardSink
 from tensorstore_fmt.writing.staging import Part, Staging, Tensor, flatten
 
 __all__ = ["CloseReport", "RunWriter", "create_run"]
-
-_CARRIED_NBYTES = 64 * MIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,10 +209,12 @@ def open_writer(
             stacklevel=3,
         )
     key = layout.WriterKey(worker=worker, attempt=joined.attempt, writer=options.new_id())
-    return RunWriter(storage, options, joined, key, num_workers, now)
+    return RunWriter(
+        storage, options, joined=joined, key=key, num_workers=num_workers, opened_us=now
+    )
 
 
-def _check_workers(worker: object, num_workers: object, attempt: object) -> None:
+def _check_workers(worker: int, num_workers: int, attempt: int | None) -> None:
     for name, value, least in (
         ("num_workers", num_workers, 1),
         ("worker", worker, 0),
@@ -222,7 +226,7 @@ def _check_workers(worker: object, num_workers: object, attempt: object) -> None
             raise ArgumentError(f"{name} is {value!r}; it is an integer, at least {least}")
         if value > layout.MAX_WORKER:
             raise ArgumentError(f"{name} is {value}; at most {layout.MAX_WORKER} is possible")
-    if worker >= num_workers:  # type: ignore[operator] # both are int by now
+    if worker >= num_workers:
         raise ArgumentError(
             f"worker is {worker}, but num_workers is {num_workers}; workers are counted from 0"
         )
@@ -247,6 +251,7 @@ class RunWriter:
         self,
         storage: Storage,
         options: WriterOptions,
+        *,
         joined: Joined,
         key: layout.WriterKey,
         num_workers: int,
@@ -258,8 +263,18 @@ class RunWriter:
         self._key = key
         self._pid = os.getpid()
         self._lock = threading.RLock()  # of the generation and of what `log` changes
-        self._changed = threading.Condition()  # of the numbers that waiting threads look at
-        self._header = segment.Header(
+        self._is_closed = False
+        self._report: CloseReport | None = None
+        self._steps = self._raw_nbytes = 0
+        self._log_s = 0.0
+        self._complete = [-1] * len(layout.MODES)
+        self._max_step = [-1] * len(layout.MODES)
+        self._mode_steps = {m: joined.mode_steps.get(m, 0) for m in range(len(layout.MODES))}
+        self._last_logged: dict[int, int] = {}
+        if joined.attempt > 0:
+            storage.delete([layout.BUNDLE])
+        self._os_lock = storage.lock(layout.lock_path(key))
+        header = segment.Header(
             run_id=joined.info.run_id,
             key=key,
             num_workers=num_workers,
@@ -269,44 +284,29 @@ class RunWriter:
             opened_us=opened_us,
             published_us=opened_us,
         )
-        self._queued_nbytes = 0
-        self._active = 0
-        self._committed = -1
-        self._attempted = -1
-        self._wanted = -1
-        self._wants_durable = False
-        self._stopping = False
-        self._is_closed = False
-        self._failure: Exception | None = None
-        self._has_warned = False
-        self._failures = self._dropped = self._steps = self._raw_nbytes = 0
-        self._stalled_s = self._log_s = 0.0
-        self._published_nbytes = 0
-        self._report: CloseReport | None = None
-        self._carried: list[tuple[int, list[PendingEntry]]] = []
-        self._complete = [-1, -1, -1, -1]
-        self._max_step = [-1, -1, -1, -1]
-        self._mode_steps = {mode: joined.mode_steps.get(mode, 0) for mode in range(4)}
-        self._last_logged: dict[int, int] = {}
-        if joined.attempt > 0:
-            storage.delete([layout.BUNDLE])
-        self._os_lock = storage.lock(layout.lock_path(key))
-        self._sink = ShardSink(
-            storage, options, run_id=joined.info.run_id, key=key, on_failure=self._note_failure
-        )
-        self._segments = SegmentLog(storage, options, on_failure=self._note_failure)
+        self._failures = Failures(options, storage.describe())
+        self._segments = SegmentLog(storage, options, self._failures)
         # Flush 0 says that this writer exists; if it fails, the caller is told at once.
-        self._segments.publish(self._header, tables([]))
-        self._committed = 0
-        self._generation = Generation(1)
-        self._pool = EncoderPool(
-            self._sink, options, release=self._release, on_failure=self._note_failure
+        self._segments.publish(header, tables([]))
+        self._buffers = BufferPool(options.queue_bytes)
+        self._quota = Quota(options.queue_bytes, options.when_full)
+        self._sink = ShardSink(
+            storage, options, run_id=joined.info.run_id, key=key, failures=self._failures
         )
+        self._pool = EncoderPool(self._sink, options, quota=self._quota, failures=self._failures)
         self._staging = Staging(options, self._send)
-        self._committer = threading.Thread(
-            target=self._run, name="tensorstore_fmt-committer", daemon=True
+        self._generation = Generation(1)
+        self._committer = Committer(
+            storage,
+            options,
+            header,
+            sink=self._sink,
+            segments=self._segments,
+            pool=self._pool,
+            failures=self._failures,
+            take=self._take,
+            has_news=lambda: not self._generation.is_empty,
         )
-        self._committer.start()
         _open_writers.add(self)
 
     # --- what users read ------------------------------------------------------------
@@ -407,7 +407,7 @@ class RunWriter:
                     self._staging.drop(generation, kept, step)
             is_due = generation.raw_nbytes >= self._options.flush_bytes
         if is_due:
-            self._request(generation.number, durable=False)
+            self._committer.request(generation.number)
         self._log_s += time.perf_counter() - begin
 
     def _snapshots(
@@ -420,7 +420,7 @@ class RunWriter:
         try:
             items = data.items()
             if any(isinstance(value, Mapping) for value in data.values()):
-                items = dict(flatten(data)).items()  # type: ignore[assignment] # the same to us
+                items = dict(flatten(data)).items()
             for name, value in items:
                 if type(value) is float:
                     if (mode, name) not in self._generation.floats:
@@ -430,24 +430,26 @@ class RunWriter:
                 global_shape: tuple[int, ...] = ()
                 origin: tuple[int, ...] = ()
                 check_name(name)
+                given = value
                 if isinstance(value, Part):
                     global_shape, origin = _check_part(name, value)
-                    value = value.value
-                size = getattr(value, "nbytes", 0)
+                    given = value.value
+                size = getattr(given, "nbytes", 0)
                 nbytes = size if isinstance(size, int) and size > layout.INLINE_STEP_NBYTES else 0
                 is_taken = self._reserve(nbytes)
                 held += nbytes if is_taken else 0
-                tensor = Tensor(name, snapshot(name, value), global_shape, origin)
+                shot = snapshot(name, given, empty=self._buffers.empty)
+                tensor = Tensor(name, shot, global_shape, origin)
                 if global_shape:
                     _check_box(tensor)
                 kept, raw_nbytes = self._staging.plan(tensor, mode)
                 queued = raw_nbytes if kept.storing != "inline" and is_taken else 0
                 if queued != nbytes and is_taken:  # what the value said of itself was a guess
-                    self._release(nbytes - queued)
+                    self._quota.release(nbytes - queued)
                     held += queued - nbytes
                 tensors.append((tensor, kept, raw_nbytes, is_taken))
         except BaseException:
-            self._release(held)
+            self._quota.release(held)
             raise
         return scalars, tensors
 
@@ -465,43 +467,14 @@ class RunWriter:
             self._complete[mode] = max(self._complete[mode], step - 1)
             self._max_step[mode] = step
 
-    # --- memory -----------------------------------------------------------------------
-
     def _reserve(self, nbytes: int) -> bool:
-        """Wait until so many bytes may be copied; False: they have to be dropped."""
-        if not nbytes:
-            return True
-        limit = self._options.queue_bytes
-        with self._changed:
-            if self._queued_nbytes and self._queued_nbytes + nbytes > limit:
-                if self._options.when_full == "drop":
-                    return False
-                begin = time.perf_counter()
-                while self._queued_nbytes and self._queued_nbytes + nbytes > limit:
-                    if not self._active:
-                        # All that is held waits for a flush, or for this very call.
-                        self._wanted = max(self._wanted, self._generation.number)
-                        self._changed.notify_all()
-                        if not self._changed.wait_for(lambda: self._active, timeout=0.05):
-                            break
-                        continue
-                    self._changed.wait(timeout=0.1)
-                self._stalled_s += time.perf_counter() - begin
-            self._queued_nbytes += nbytes
-        return True
+        return self._quota.reserve(
+            nbytes, ask_flush=lambda: self._committer.request(self._generation.number)
+        )
 
     def _send(self, generation: Generation, save: Save) -> None:
-        with self._changed:
-            self._active += 1
+        self._quota.begin()
         self._pool.put(generation, save)
-
-    def _release(self, nbytes: int) -> None:
-        """Give back bytes of the queue; the encoders call it once per save."""
-        with self._changed:
-            self._queued_nbytes -= nbytes
-            if threading.current_thread().name.startswith("tensorstore_fmt-encoder"):
-                self._active -= 1
-            self._changed.notify_all()
 
     # --- flushing -----------------------------------------------------------------------
 
@@ -527,137 +500,19 @@ class RunWriter:
         self._check_usable()
         with self._lock:
             number = self._generation.number
-        self._request(number, durable=durable)
-        with self._changed:
-            self._changed.wait_for(lambda: self._attempted >= number)
-            is_there = self._committed >= number
-        self._check_failure()
-        return is_there
+        self._committer.request(number, durable=durable)
+        is_safe = self._committer.wait(number, durable=durable)
+        self._failures.check()
+        return is_safe
 
-    def _request(self, number: int, *, durable: bool) -> None:
-        with self._changed:
-            self._wanted = max(self._wanted, number)
-            self._wants_durable |= durable
-            self._changed.notify_all()
-
-    def _run(self) -> None:
-        """Commit when asked to, and every `flush_interval_s`."""
-        while True:
-            with self._changed:
-                self._changed.wait_for(
-                    lambda: self._stopping or self._wanted > self._attempted,
-                    timeout=self._options.flush_interval_s,
-                )
-                durable, self._wants_durable = self._wants_durable, False
-                is_wanted = self._wanted > self._attempted
-                stopping = self._stopping and not is_wanted
-            if stopping:
-                return
-            with self._lock:
-                has_news = not self._generation.is_empty
-            if is_wanted or has_news or self._carried:
-                self._flush_now(durable=durable, is_last=False)
-
-    def _flush_now(self, *, durable: bool, is_last: bool) -> None:
-        """Commit the current generation; only one thread at a time calls this."""
+    def _take(self, is_last: bool) -> Taken:  # noqa: FBT001 - the committer's protocol
+        """Begin the next generation; the committer calls this."""
         with self._lock:
             generation = self._generation
             self._generation = Generation(generation.number + 1)
             self._staging.finish(generation)
-            complete = tuple(self._max_step if is_last else self._complete)
-        with generation.done:
-            generation.done.wait_for(lambda: generation.outstanding == 0)
-        try:
-            self._commit(generation, complete, durable=durable, is_last=is_last)
-        except Exception as error:  # noqa: BLE001 - whatever it is, training goes on, and it is counted
-            self._note_failure(error, False)
-        finally:
-            with self._changed:
-                self._attempted = generation.number
-                self._changed.notify_all()
-
-    def _commit(
-        self, generation: Generation, complete: tuple[int, ...], *, durable: bool, is_last: bool
-    ) -> None:
-        self._sink.flush(durable=durable)
-        entries, dropped = collect(generation)
-        self._dropped += dropped
-        pending = [*self._carried, (generation.number, entries)]
-        if not (any(part for _, part in pending) or is_last or durable):
-            # Nothing to publish: the number is covered by the next segment's range.
-            self._carried = pending
-            with self._changed:
-                self._committed = generation.number
-            return
-        header = segment.Header(
-            run_id=self._header.run_id,
-            key=self._key,
-            num_workers=self._header.num_workers,
-            resume_step=self._header.resume_step,
-            first_flush=pending[0][0],
-            last_flush=generation.number,
-            opened_us=self._header.opened_us,
-            published_us=self._options.clock_us(),
-            complete_through=(complete[0], complete[1], complete[2], complete[3]),
-            is_closed=is_last,
-        )
-        self._carried = pending  # what an unknown outcome leaves; covered by the next range
-        for pause in (*self._options.retry_s, None):
-            try:
-                self._segments.publish(header, tables(pending))
-                break
-            except OSError as error:
-                self._note_failure(error, pause is not None)
-                if pause is None:
-                    self._bound_carried()
-                    return
-                self._options.sleep(pause)
-        self._carried = []
-        self._published_nbytes = sum(s.nbytes for s in self._segments.segments)
-        self._pool.committed(generation.number)
-        if durable:
-            self._storage.sync([layout.RUN_JSON, *self._sink.take_unsynced()])
-            self._segments.sync()
-        with self._changed:
-            self._committed = generation.number
-
-    def _bound_carried(self) -> None:
-        """Keep what could not be published within bounds: the oldest inline values go first."""
-        size = 0
-        for i in range(len(self._carried) - 1, -1, -1):
-            number, entries = self._carried[i]
-            size += sum(128 + len(e.placed.inline or b"") for e in entries)
-            if size > _CARRIED_NBYTES and entries:
-                self._dropped += sum(e.count for e in entries)
-                self._carried[i] = (number, [])
-
-    # --- failures -------------------------------------------------------------------------
-
-    def _note_failure(self, error: Exception, will_retry: bool) -> None:  # noqa: FBT001 - a callback
-        self._failures += 1
-        if self._options.on_error == "raise":
-            if not will_retry:
-                self._failure = self._failure or error
-        elif not self._has_warned:
-            self._has_warned = True
-            warnings.warn(
-                f"{self.url}: writing failed ({type(error).__name__}: {error}); it is tried again, "
-                "what cannot be stored is dropped and counted, and training goes on. Further "
-                "failures are only counted; close() reports them",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-
-    def _check_failure(self) -> None:
-        if self._failure is not None:
-            error = self._failure
-            if isinstance(error, TensorStoreError):
-                raise error
-            raise StorageFailedError(
-                f"{self.url}: writing failed ({type(error).__name__}: {error}); what was flushed "
-                "before is safe",
-                url=self.url,
-            ) from error
+            steps = self._max_step if is_last else self._complete
+            return Taken(generation, (steps[0], steps[1], steps[2], steps[3]))
 
     def _check_usable(self) -> None:
         if os.getpid() != self._pid:
@@ -668,7 +523,7 @@ class RunWriter:
             )
         if self._is_closed:
             raise ClosedError(f"{self.url} is closed", url=self.url)
-        self._check_failure()
+        self._failures.check()
 
     # --- closing --------------------------------------------------------------------------
 
@@ -684,44 +539,37 @@ class RunWriter:
             With ``on_error="raise"``, if the storage failed.
         """
         with self._lock:
-            report = self._report
-            if report is not None or os.getpid() != self._pid:
-                return report if report is not None else self._make_report()
-            if self._is_closed:
-                return self._make_report()
+            if self._is_closed or os.getpid() != self._pid:
+                return self._report or self._make_report()
             self._is_closed = True
-        with self._changed:
-            self._stopping = True
-            self._changed.notify_all()
-        self._committer.join()
-        self._flush_now(durable=True, is_last=True)
+        self._committer.close()
         self._pool.stop()
         self._sink.close()
         self._segments.stop()
         try:
             self._storage.sync(self._sink.take_unsynced())
             closing.finish(self._storage, self._joined.info.run_id, self._segments)
+            self._os_lock.release()
+            self._storage.delete([layout.lock_path(self._key)])
         except OSError as error:  # all data is published; what failed only speeds up reading
-            self._note_failure(error, False)
-        self._published_nbytes = sum(s.nbytes for s in self._segments.segments)
-        self._os_lock.release()
-        self._storage.delete([layout.lock_path(self._key)])
-        self._storage.close()
-        _open_writers.discard(self)
+            self._failures.note(error)
         self._report = self._make_report()
-        if self._dropped:
+        self._storage.close()
+        self._buffers.clear()
+        _open_writers.discard(self)
+        if self._report.dropped:
             warnings.warn(f"{self.url}: {self._report}", RuntimeWarning, stacklevel=2)
-        self._check_failure()
+        self._failures.check()
         return self._report
 
     def _make_report(self) -> CloseReport:
         return CloseReport(
             steps=self._steps,
             raw_nbytes=self._raw_nbytes,
-            stored_nbytes=self._sink.stored_nbytes + self._published_nbytes,
-            dropped=self._dropped,
-            failures=self._failures,
-            stalled_s=self._stalled_s,
+            stored_nbytes=self._sink.stored_nbytes + sum(s.nbytes for s in self._segments.segments),
+            dropped=self._committer.dropped,
+            failures=self._failures.count,
+            stalled_s=self._quota.stalled_s,
             log_s=self._log_s,
         )
 
@@ -740,7 +588,7 @@ class RunWriter:
 def _check_part(name: str, part: Part) -> tuple[tuple[int, ...], tuple[int, ...]]:
     shape, origin = tuple(part.global_shape), tuple(part.origin)
     for what, values in (("global_shape", shape), ("origin", origin)):
-        if not all(isinstance(n, int) and 0 <= n <= layout.MAX_AXIS for n in values):
+        if not all(hasattr(n, "__index__") and 0 <= n <= layout.MAX_AXIS for n in values):
             raise ArgumentError(f"{name!r}: {what} {values} is not a tuple of integers from 0")
     if len(shape) != len(origin) or not shape:
         raise ArgumentError(

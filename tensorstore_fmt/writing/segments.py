@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
+import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -13,6 +13,7 @@ from tensorstore_fmt.errors import FormatError
 from tensorstore_fmt.format import layout, merge, page, segment
 from tensorstore_fmt.storage import Range, Storage
 from tensorstore_fmt.writing.commit import Tables
+from tensorstore_fmt.writing.failures import Failures
 from tensorstore_fmt.writing.options import MIB, WriterOptions
 
 __all__ = ["OwnSegment", "SegmentLog", "merge_segments"]
@@ -21,6 +22,7 @@ FANOUT: Final = 8
 _LARGEST_NBYTES: Final = 64 * MIB
 _LARGEST_ROWS: Final = 1_000_000
 _READ_WHOLE_NBYTES: Final = 8 * MIB
+_LEAST_GRACE_S: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,16 +51,10 @@ class OwnSegment:
 class SegmentLog:
     """Publishes segments in order and merges them in a thread of its own."""
 
-    def __init__(
-        self,
-        storage: Storage,
-        options: WriterOptions,
-        *,
-        on_failure: Callable[[Exception, bool], None],
-    ) -> None:
+    def __init__(self, storage: Storage, options: WriterOptions, failures: Failures) -> None:
         self._storage = storage
         self._options = options
-        self._on_failure = on_failure
+        self._failures = failures
         self._lock = threading.Lock()
         self._segments: list[OwnSegment] = []  # maximal ones, in the order of flushes
         self._unsynced: list[str] = []
@@ -88,7 +84,9 @@ class SegmentLog:
         self._storage.publish(path, parts)
         nbytes = sum(map(len, parts))
         with self._wake:
-            self._segments.append(OwnSegment(header=header, nbytes=nbytes, rows=len(tables.entries)))
+            self._segments.append(
+                OwnSegment(header=header, nbytes=nbytes, rows=len(tables.entries))
+            )
             self._unsynced.append(path)
             if self._mergeable():
                 self._start()
@@ -111,19 +109,26 @@ class SegmentLog:
             return any(s.name.path == path for s in self._segments)
 
     def stop(self) -> None:
-        """Finish the merge under way, delete what may be deleted, and end the thread."""
+        """Finish the merge under way and end the thread."""
         with self._wake:
             self._stopping = True
             self._wake.notify_all()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        self._delete_covered()
 
-    def merge_all(self) -> None:
-        """Merge all segments into as few as possible; for closing."""
-        while (group := self._largest_group()) is not None:
-            self._merge(group)
+    def finish(self) -> None:
+        """Merge what is many, and delete what is covered; for closing, after `stop`."""
+        if len(self._segments) > FANOUT:
+            while (group := self._largest_group()) is not None:
+                self._merge(group)
+        with self._lock:
+            youngest = max((when for when, _ in self._covered), default=None)
+        if youngest is not None:
+            # The shortest grace time: a reader that has just listed them reads them now.
+            age = time.monotonic() - (youngest - self._options.grace_s)
+            self._options.sleep(max(0.0, min(_LEAST_GRACE_S, self._options.grace_s) - age))
+        self._delete_covered(at_once=True)
 
     # --- the thread -----------------------------------------------------------------
 
@@ -184,7 +189,7 @@ class SegmentLog:
             self._storage.sync([header.name.path])
         except (OSError, FormatError) as error:
             # Nothing is lost: what would have been merged stays as it is, and is not tried again.
-            self._on_failure(error, False)
+            self._failures.note(error)
             with self._lock:
                 tried = {s.name for s in group}
                 self._segments = [
@@ -199,16 +204,16 @@ class SegmentLog:
             due = time.monotonic() + self._options.grace_s
             self._covered.append((due, [s.name.path for s in group]))
 
-    def _delete_covered(self) -> None:
+    def _delete_covered(self, *, at_once: bool = False) -> None:
         with self._lock:
-            now = time.monotonic()
+            now = math.inf if at_once else time.monotonic()
             due = [paths for when, paths in self._covered if when <= now]
             self._covered = [(when, paths) for when, paths in self._covered if when > now]
         for paths in due:
             try:
                 self._storage.delete(paths)
             except OSError as error:
-                self._on_failure(error, False)  # they are garbage, not damage
+                self._failures.note(error)  # they are garbage, not damage
 
 
 def _is_small(group: Sequence[OwnSegment]) -> bool:
@@ -228,9 +233,7 @@ def merge_segments(
     tuple
         Its header, length in bytes, and number of entries.
     """
-    with contextlib.ExitStack() as stack:
-        inputs = [_input(storage, header, stack) for header in headers]
-        merged = merge.merge(inputs)
+    merged = merge.merge([_input(storage, header) for header in headers])
     first, last = headers[0], headers[-1]
     header = replace(last, first_flush=first.first_flush, published_us=now_us)
     parts = segment.encode(header, merged.series, merged.shards, merged.pages)
@@ -238,9 +241,7 @@ def merge_segments(
     return header, sum(map(len, parts)), sum(p.rows for p in merged.pages)
 
 
-def _input(
-    storage: Storage, header: segment.Header, stack: contextlib.ExitStack
-) -> merge.MergeInput:
+def _input(storage: Storage, header: segment.Header) -> merge.MergeInput:
     path = header.name.path
     (start,) = storage.fetch([Range(path, 0, layout.SEGMENT_HEADER.size)])
     found = segment.decode_header(start, where=path, run_id=header.run_id, name=header.name)

@@ -1,4 +1,4 @@
-"""Which series a tensor belongs to, and how its steps are stored: inline, k to a chunk, in a grid."""
+"""Which series a tensor belongs to, and how it is kept: inline, k steps to a chunk, in a grid."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Final, Literal
 from tensorstore_fmt import dtypes
 from tensorstore_fmt.errors import ArgumentError
 from tensorstore_fmt.format import codec, grid, layout, statistics
-from tensorstore_fmt.format.page import Series
+from tensorstore_fmt.format.catalog import Series
 from tensorstore_fmt.writing.options import WriterOptions
 
 __all__ = ["Group", "Kept", "SeriesBook", "step_table_series"]
@@ -173,6 +173,4 @@ def _stats_series(series: Series) -> Series:
 
 def step_table_series(mode: int) -> Series:
     """Give the series of the step table of a mode (spec, "The step table")."""
-    return Series(
-        name="", kind=layout.KIND_STEPS, mode=mode, dtype="int64", shape=(2,), grid=(0,)
-    )
+    return Series(name="", kind=layout.KIND_STEPS, mode=mode, dtype="int64", shape=(2,), grid=(0,))

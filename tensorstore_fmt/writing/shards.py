@@ -1,32 +1,27 @@
-"""Putting payloads into shards: appended to a growing file on a disk, one object a batch in a bucket."""
+"""Putting payloads into shards: one growing file on a disk, an object a batch in a bucket."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 from tensorstore_fmt.format import layout
 from tensorstore_fmt.format.shard import ShardEncoder, ShardRow
 from tensorstore_fmt.storage import Appender, Storage
+from tensorstore_fmt.writing.failures import Failures
 from tensorstore_fmt.writing.options import MIB, WriterOptions
 from tensorstore_fmt.writing.pending import Placed
 
 __all__ = ["ShardSink"]
 
-_BATCH_NBYTES: Final = 16 * MIB
+_BATCH_NBYTES: Final = 8 * MIB
 _OBJECT_NBYTES: Final = 32 * MIB
 _FULL_NBYTES: Final = 1024 * MIB
 
 
 class ShardSink:
-    """Takes rows from the encoders and writes them in batches; all threads may use it.
-
-    Parameters
-    ----------
-    on_failure
-        Told of every failure of the storage, with whether it will be tried again.
-    """
+    """Takes rows from the encoders and writes them in batches; all threads may use it."""
 
     def __init__(
         self,
@@ -35,14 +30,15 @@ class ShardSink:
         *,
         run_id: bytes,
         key: layout.WriterKey,
-        on_failure: Callable[[Exception, bool], None],
+        failures: Failures,
     ) -> None:
         self._storage = storage
         self._options = options
         self._run_id = run_id
         self._key = key
-        self._on_failure = on_failure
-        self._lock = threading.Lock()
+        self._failures = failures
+        self._lock = threading.Lock()  # of what waits
+        self._write_lock = threading.Lock()  # of the shard
         self._rows: list[tuple[ShardRow, Placed]] = []
         self._nbytes = 0
         self._number = 0
@@ -54,59 +50,48 @@ class ShardSink:
 
     def add(self, rows: Sequence[tuple[ShardRow, Placed]]) -> None:
         """Take the chunks of one save; may write a batch."""
-        nbytes = sum(row.nbytes for row, _ in rows)
         limit = _BATCH_NBYTES if self._storage.is_local else _OBJECT_NBYTES
-        with self._lock:
-            if self._rows and self._nbytes + nbytes > limit:
-                self._write()
-            for pair in rows:  # a save larger than a batch is cut
-                self._rows.append(pair)
-                self._nbytes += pair[0].nbytes
-                if self._nbytes >= limit:
-                    self._write()
+        for at in _cut([row.nbytes for row, _ in rows], limit):
+            with self._lock:
+                self._rows += rows[at]
+                self._nbytes += sum(row.nbytes for row, _ in rows[at])
+                if self._nbytes < limit:
+                    continue
+                pairs = self._take()
+                self._write_lock.acquire()  # before others can take: batches are never passed by
+            try:
+                self._write(pairs)
+            finally:
+                self._write_lock.release()
 
     def flush(self, *, durable: bool) -> None:
         """Write what waits; with `durable`, sync all that was written since the last time."""
-        with self._lock:
-            self._write()
+        with self._lock, self._write_lock:
+            self._write(self._take())
             if durable:
                 self._sync()
 
     def close(self) -> None:
         """Write what waits and seal the open shard."""
-        with self._lock:
-            self._write()
+        with self._lock, self._write_lock:
+            self._write(self._take())
             self._seal()
-
-    def abandon(self) -> None:
-        """Drop everything without writing."""
-        with self._lock:
-            self._rows, self._nbytes = [], 0
-            self._drop_shard()
 
     def take_unsynced(self) -> list[str]:
         """Give paths of shards whose directory entries were not synced yet."""
         paths, self._unsynced = self._unsynced, []
         return paths
 
-    # --- under the lock -----------------------------------------------------------
-
-    def _write(self) -> None:
-        if not self._rows:
-            return
+    def _take(self) -> list[tuple[ShardRow, Placed]]:
         pairs, self._rows, self._nbytes = self._rows, [], 0
-        for pause in (*self._options.retry_s, None):
-            try:
-                self._put(pairs)
-            except OSError as error:
-                self._drop_shard()
-                self._on_failure(error, pause is not None)
-                if pause is not None:
-                    self._options.sleep(pause)
-            else:
-                return
-        for _, placed in pairs:
-            placed.is_lost = True
+        return pairs
+
+    # --- under the write lock -------------------------------------------------------
+
+    def _write(self, pairs: list[tuple[ShardRow, Placed]]) -> None:
+        if pairs and not self._failures.attempt(lambda: self._put(pairs), undo=self._drop_shard):
+            for _, placed in pairs:
+                placed.is_lost = True
 
     def _put(self, pairs: list[tuple[ShardRow, Placed]]) -> None:
         encoder = self._encoder
@@ -120,11 +105,11 @@ class ShardSink:
             self._encoder = encoder
         parts, offsets = encoder.batch([row for row, _ in pairs])
         if self._appender is not None:
-            self._appender.append(parts)  # type: ignore[arg-type] # all of them are buffers
+            self._appender.append(parts)
         else:
             parts += encoder.seal()
             self._encoder = None
-            self._storage.publish(encoder.name.path, parts)  # type: ignore[arg-type] # the same
+            self._storage.publish(encoder.name.path, parts)
         for (_, placed), offset in zip(pairs, offsets, strict=True):
             placed.shard, placed.offset = encoder.name, offset
             self.stored_nbytes += placed.nbytes
@@ -150,11 +135,11 @@ class ShardSink:
     def _seal(self) -> None:
         if self._appender is not None and self._encoder is not None:
             try:
-                self._appender.append(self._encoder.seal())  # type: ignore[arg-type] # buffers
+                self._appender.append(self._encoder.seal())
                 self._sync()
             except OSError as error:
                 # Without its footer the shard is still complete as far as segments say.
-                self._on_failure(error, False)
+                self._failures.note(error)
         self._drop_shard()
 
     def _drop_shard(self) -> None:
@@ -163,3 +148,16 @@ class ShardSink:
         if self._appender is not None:
             self._appender.close()
             self._appender = None
+
+
+def _cut(sizes: Sequence[int], limit: int) -> list[slice]:
+    """Cut rows into stretches of at most about `limit` bytes."""
+    stretches, begin, total = [], 0, 0
+    for i, size in enumerate(sizes):
+        total += size
+        if total >= limit:
+            stretches.append(slice(begin, i + 1))
+            begin, total = i + 1, 0
+    if begin < len(sizes):
+        stretches.append(slice(begin, len(sizes)))
+    return stretches

@@ -10,7 +10,8 @@ import numpy as np
 
 from tensorstore_fmt import dtypes
 from tensorstore_fmt.errors import ArgumentError
-from tensorstore_fmt.format import codec, grid, layout
+from tensorstore_fmt.format import grid, layout
+from tensorstore_fmt.format.strings import pack_strings
 from tensorstore_fmt.writing.convert import Snapshot, check_name
 from tensorstore_fmt.writing.options import WriterOptions
 from tensorstore_fmt.writing.pending import Generation, InlineStage, JoinedStage, Save
@@ -62,6 +63,7 @@ class Staging:
     def __init__(self, options: WriterOptions, send: Callable[[Generation, Save], None]) -> None:
         self._book = SeriesBook(options)
         self._send = send
+        self._floats: dict[tuple[int, str], Kept] = {}
 
     def plan(self, tensor: Tensor, mode: int) -> tuple[Kept, int]:
         """Give how a tensor will be kept and its raw bytes; refuses what cannot be stored."""
@@ -81,13 +83,18 @@ class Staging:
 
     def float_stage(self, generation: Generation, name: str, mode: int) -> InlineStage:
         """Give the stage of a series of Python floats, which takes the short way."""
-        check_name(name)
-        group = self._book.group(name, mode)
-        stage = self._stage(generation, self._book.kept(group, "float64", (), 8))
+        kept = self._floats.get((mode, name))
+        if kept is None:
+            check_name(name)
+            kept = self._book.kept(self._book.group(name, mode), "float64", (), 8)
+            self._floats[mode, name] = kept
+        stage = self._stage(generation, kept)
         generation.floats[mode, name] = stage
         return stage
 
-    def add(self, generation: Generation, kept: Kept, tensor: Tensor, step: int, nbytes: int) -> None:
+    def add(
+        self, generation: Generation, kept: Kept, tensor: Tensor, step: int, nbytes: int
+    ) -> None:
         """Take one tensor at one step."""
         array = tensor.snapshot.array
         group = kept.group
@@ -172,12 +179,10 @@ class Staging:
 def _string_nbytes(array: np.ndarray) -> int:
     if array.size == 0:
         return 0
-    return len(codec.pack_strings(array.reshape(-1).tolist()))
+    return len(pack_strings(array.reshape(-1).tolist()))
 
 
-def flatten(
-    data: Mapping[str, object], prefix: str = ""
-) -> list[tuple[str, object]]:
+def flatten(data: Mapping[str, object], prefix: str = "") -> list[tuple[str, object]]:
     """Give the items of nested dicts under names joined by ``/``."""
     items: list[tuple[str, object]] = []
     for name, value in data.items():

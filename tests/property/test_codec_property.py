@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tensorstore_fmt import dtypes
 from tensorstore_fmt.errors import FormatError
 from tensorstore_fmt.format import codec, layout, planes
+from tensorstore_fmt.format.strings import pack_strings, unpack_strings
 
 FIXED = [name for name in dtypes.NAMES if name != dtypes.STRING]
 ENCODERS: dict[str, codec.Encoder] = {}
@@ -76,8 +77,8 @@ def test_any_series_comes_back_with_one_hint(series: list[tuple[str, np.ndarray]
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]))))
 @example(["\ufeff", "\U0010ffff", "\x7f\x80"])
 def test_strings_come_back(strings: list[str]) -> None:
-    raw = np.frombuffer(codec.pack_strings(strings) or b"", np.uint8)
-    assert codec.unpack_strings(raw, len(strings)) == strings
+    raw = np.frombuffer(pack_strings(strings) or b"", np.uint8)
+    assert unpack_strings(raw, len(strings)) == strings
     encoded = encoder("auto").encode(raw, dtype="string")
     assert comes_back(encoded, raw, "string")
 
@@ -112,7 +113,7 @@ def bits_or_error(payload: bytes, nbytes: int, number: int, dtype: str, rows: in
 def small_payloads() -> list[tuple[str, str, codec.Encoded, int]]:
     raw = (np.random.default_rng(0).standard_normal(60) * 0.02).astype(np.float32).view(np.uint8)
     auto = codec.Encoder()
-    text = np.frombuffer(codec.pack_strings(["loss", "accuracy"] * 9), np.uint8)
+    text = np.frombuffer(pack_strings(["loss", "accuracy"] * 9), np.uint8)
     # Planes that are not constant but compress: each frame is short.
     sparse = np.arange(240, dtype=np.uint8) // 80
     return [
@@ -155,11 +156,11 @@ def test_any_bytes(payload: bytes, nbytes: int, number: int, dtype: str) -> None
 @given(st.binary(max_size=100), st.integers(0, 20))
 def test_any_bytes_as_strings(raw: bytes, n: int) -> None:
     try:
-        strings = codec.unpack_strings(raw, n)
+        strings = unpack_strings(raw, n)
     except FormatError:
         return
     assert len(strings) == n
-    assert codec.pack_strings(strings) == raw
+    assert pack_strings(strings) == raw
 
 
 def test_threads_do_not_share_scratch() -> None:

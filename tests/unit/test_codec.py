@@ -14,6 +14,7 @@ import zstandard
 from tensorstore_fmt import dtypes
 from tensorstore_fmt.errors import ArgumentError, FormatError, LimitError, UnsupportedError
 from tensorstore_fmt.format import codec, layout, planes
+from tensorstore_fmt.format.strings import pack_strings, unpack_strings
 
 CHUNK = 256 * 1024
 
@@ -360,14 +361,14 @@ def test_delta_comes_back(k: int, m: int) -> None:
     ],
 )
 def test_strings_come_back(strings: list[str]) -> None:
-    raw = codec.pack_strings(strings)
-    assert codec.unpack_strings(raw, len(strings)) == strings
-    assert codec.unpack_strings(np.frombuffer(raw, np.uint8), len(strings)) == strings
+    raw = pack_strings(strings)
+    assert unpack_strings(raw, len(strings)) == strings
+    assert unpack_strings(np.frombuffer(raw, np.uint8), len(strings)) == strings
 
 
 def test_strings_are_as_in_the_spec() -> None:
-    assert codec.pack_strings(["é", "", "b"]) == struct.pack("<4I", 0, 2, 2, 3) + b"\xc3\xa9b"
-    assert codec.pack_strings([]) == b""
+    assert pack_strings(["é", "", "b"]) == struct.pack("<4I", 0, 2, 2, 3) + b"\xc3\xa9b"
+    assert pack_strings([]) == b""
 
 
 @pytest.mark.parametrize(
@@ -389,15 +390,15 @@ def test_strings_are_as_in_the_spec() -> None:
 )
 def test_strings_that_are_malformed(raw: bytes, n: int) -> None:
     with pytest.raises(FormatError) as caught:
-        codec.unpack_strings(raw, n)
+        unpack_strings(raw, n)
     assert caught.value.code == "malformed"
 
 
 def test_strings_that_cannot_be_stored() -> None:
     with pytest.raises(ArgumentError):
-        codec.pack_strings(["\ud800"])
+        pack_strings(["\ud800"])
     with pytest.raises(ArgumentError):
-        codec.pack_strings(["x" * 1024 * 1024] * 128)
+        pack_strings(["x" * 1024 * 1024] * 128)
 
 
 def test_exports_are_sorted() -> None:

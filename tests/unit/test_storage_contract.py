@@ -213,7 +213,7 @@ def test_nothing_is_written_by_a_reader(storage: Storage) -> None:
         lambda: reader.create("b"),
     ):
         with pytest.raises(ArgumentError):
-            write()
+            write()  # type: ignore[no-untyped-call]  # a lambda
     assert reader.fetch([Listing("")]) == [[FileInfo("a", 1)]]
     reader.close()
 

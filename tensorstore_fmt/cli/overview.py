@@ -1,0 +1,113 @@
+"""The verb ``info``."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from tensorstore_fmt.cli.failures import describe
+from tensorstore_fmt.cli.output import Output, json_value
+from tensorstore_fmt.cli.session import open_run
+from tensorstore_fmt.cli.text import bytes_text, steps_text
+
+if TYPE_CHECKING:
+    from tensorstore_fmt.reading.run import Run
+
+__all__ = ["info"]
+
+
+def info(arguments: Namespace, output: Output) -> int:
+    """Describe a run."""
+    with open_run(arguments, output) as run:
+        facts, steps = _facts(run)
+    if output.is_json:
+        output.json(facts)
+        return 0
+    _show(facts, steps, output)
+    return 0
+
+
+def _facts(run: Run) -> tuple[dict[str, Any], dict[str, list[int]]]:
+    """Give all that is known from the index; steps by mode apart, as they may be many."""
+    table = run.table()
+    every = {mode: run.steps(mode).tolist() for mode in ("NONE", "TRAIN", "EVAL", "PREDICT")}
+    steps = {mode: found for mode, found in every.items() if found}
+    raw = sum(table["raw_nbytes"].to_pylist())
+    stored = sum(table["stored_nbytes"].to_pylist())
+    facts = {
+        "run": run.describe(),
+        "run_id": run.run_id,
+        "format_version": _version(run),
+        "created": datetime.fromtimestamp(run.created_us / 1e6, UTC).isoformat(),
+        "created_us": run.created_us,
+        "is_closed": run.is_closed,
+        "num_workers": run.num_workers,
+        "workers": run.workers,
+        "attempts": run.attempts,
+        "attrs": run.attrs,
+        "names": len(run),
+        "steps": {
+            mode: {"count": len(found), "first": found[0], "last": found[-1]}
+            for mode, found in steps.items()
+        },
+        "raw_nbytes": raw,
+        "stored_nbytes": stored,
+        "ratio": raw / stored if stored else None,
+        "damage": [describe(problem) for problem in run.damage],
+    }
+    return facts, steps
+
+
+def _version(run: Run) -> str | None:
+    version = getattr(run, "format_version", None)
+    return None if version is None else ".".join(map(str, version))
+
+
+def _show(facts: dict[str, Any], steps: dict[str, list[int]], output: Output) -> None:
+    created = facts["created"][:19].replace("T", " ")
+    rows = [
+        ("run", facts["run"]),
+        ("id", facts["run_id"]),
+        ("format", facts["format_version"]),
+        ("created", f"{created} UTC"),
+        ("state", "closed" if facts["is_closed"] else "live, or its writer died (see recover)"),
+        ("workers", _workers(facts)),
+        ("attempts", _list(facts["attempts"]) if facts["attempts"] != [0] else None),
+        ("names", f"{facts['names']:,}"),
+        *((_label(mode), f"{len(s):,}: {steps_text(s)}") for mode, s in steps.items()),
+        ("steps", None if steps else "none yet"),
+        ("size", _size(facts)),
+    ]
+    width = max(len(label) for label, text in rows if text is not None)
+    for label, text in rows:
+        if text is not None:
+            output.line(f"{label.ljust(width)}  {text}")
+    for key, value in facts["attrs"].items():
+        text = json.dumps(json_value(value), ensure_ascii=False)
+        output.line(f"attr  {key} = {text}")
+    for problem in facts["damage"]:
+        output.line(f"DAMAGE  {problem['message']} ({problem['code']})")
+
+
+def _label(mode: str) -> str:
+    return "steps" if mode == "NONE" else f"steps {mode}"
+
+
+def _workers(facts: dict[str, Any]) -> str:
+    have, every = facts["workers"], facts["num_workers"]
+    if len(have) == every:
+        return f"{every}"
+    return f"{every}, of which {_list(have) or 'none'} have written"
+
+
+def _list(numbers: list[int]) -> str:
+    more = f" … ({len(numbers)})" if len(numbers) > 8 else ""
+    return ", ".join(map(str, numbers[:8])) + more
+
+
+def _size(facts: dict[str, Any]) -> str:
+    ratio = f" (ratio {facts['ratio']:.2f})" if facts["ratio"] else ""
+    raw, stored = bytes_text(facts["raw_nbytes"]), bytes_text(facts["stored_nbytes"])
+    return f"{raw} raw, {stored} stored{ratio}"

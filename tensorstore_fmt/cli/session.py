@@ -1,0 +1,138 @@
+"""Opening the run that a verb is about, and saying what is there if it is none."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from argparse import Namespace
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from tensorstore_fmt.cli.expressions import parse_step, parse_steps
+from tensorstore_fmt.cli.failures import UsageError
+from tensorstore_fmt.cli.folders import find_runs
+from tensorstore_fmt.cli.output import Output
+from tensorstore_fmt.errors import NotARunError, StepNotFoundError
+
+if TYPE_CHECKING:
+    from tensorstore_fmt.reading.run import Run, Tensor
+
+__all__ = ["one_step", "open_run", "open_url", "selection", "step_range", "storage_options"]
+
+_SHOWN_RUNS = 5
+
+
+def storage_options(arguments: Namespace) -> Mapping[str, object] | None:
+    """Give the options of ``--storage-options``.
+
+    Raises
+    ------
+    UsageError
+        It is no JSON object, or the file cannot be read.
+    """
+    text: str | None = arguments.storage_options
+    if text is None:
+        return None
+    where = "--storage-options"
+    if text.startswith("@"):
+        where = f"--storage-options {text}"
+        try:
+            with open(text[1:], encoding="utf-8") as file:
+                text = file.read()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"{where}: cannot read the file: {error}") from None
+    try:
+        options = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UsageError(
+            f"{where}: no JSON, line {error.lineno}, column {error.colno}: {error.msg}; "
+            """write an object such as '{"endpoint_url": "http://127.0.0.1:5000"}'""",
+            code="bad_json",
+        ) from None
+    if not isinstance(options, dict):
+        raise UsageError(
+            f"{where}: a JSON object is needed, this is {type(options).__name__}", code="bad_json"
+        )
+    return options
+
+
+def open_run(arguments: Namespace, output: Output) -> Run:
+    """Open the run at ``URL``; damage of its index is said on stderr.
+
+    Raises
+    ------
+    NotARunError
+        There is none; the message says what is there instead, the fact ``runs`` which runs are.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run = open_url(arguments.url, storage_options(arguments))
+    for warning in caught:
+        output.note(f"warning: {warning.message}")
+    return run
+
+
+def open_url(url: str, options: Mapping[str, object] | None) -> Run:
+    """Open a run; see `open_run`."""
+    from tensorstore_fmt.reading.run import (
+        open_run as open_,
+    )  # NumPy and Arrow, which help needs not
+
+    try:
+        return open_(url, storage_options=options)
+    except NotARunError as error:
+        if error.code != NotARunError.default_code:
+            raise
+        raise _explained(error, url, options) from None
+
+
+def _explained(error: NotARunError, url: str, options: Mapping[str, object] | None) -> NotARunError:
+    """Say why there is no run, as far as a look around can tell."""
+    if "://" not in url and not os.path.isdir(url):
+        what = "is a file, not the folder of a run" if os.path.exists(url) else "does not exist"
+        here = "" if os.path.isabs(url) else f" (in {os.getcwd()})"
+        return NotARunError(f"{url} {what}{here}", url=url)
+    runs = find_runs(url, options)
+    if not runs:
+        return NotARunError(error.message, **error.facts)
+    shown = ", ".join(f"{url.rstrip('/')}/{name}" for name in runs[:_SHOWN_RUNS])
+    more = f" and {len(runs) - _SHOWN_RUNS} more" if len(runs) > _SHOWN_RUNS else ""
+    return NotARunError(
+        f"{url} is not a run, but holds {len(runs)}: {shown}{more}; name one of them",
+        url=url,
+        runs=runs,
+    )
+
+
+def selection(arguments: Namespace) -> dict[str, object]:
+    """Give ``--mode``, ``--worker`` and ``--attempt`` as `Tensor.read` takes them."""
+    return {
+        name: getattr(arguments, name)
+        for name in ("mode", "worker", "attempt")
+        if getattr(arguments, name) is not None
+    }
+
+
+def one_step(arguments: Namespace, tensor: Tensor) -> int | None:
+    """Give the step that ``--step`` means for a tensor; None if it is not there."""
+    if arguments.step is None:
+        return None
+    step = parse_step(arguments.step)
+    if isinstance(step, int):
+        return step
+    saved = tensor.steps
+    if len(saved) == 0:
+        raise StepNotFoundError(f"{tensor.name!r} has no saved step", name=tensor.name)
+    return int(saved[0 if step == "first" else -1])
+
+
+def step_range(arguments: Namespace) -> slice | None:
+    """Give the range that ``--steps`` or ``--step N`` means; None for all."""
+    if arguments.steps is not None:
+        return parse_steps(arguments.steps)
+    if arguments.step is not None:
+        step = parse_step(arguments.step)
+        if isinstance(step, int):
+            return slice(step, step + 1)
+    return None

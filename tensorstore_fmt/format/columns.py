@@ -1,0 +1,38 @@
+"""Arrow columns from Python and NumPy values, and back.
+
+``pyarrow.array`` and ``to_numpy`` would do, but they import pandas where that is installed:
+a third of a second, in the middle of somebody's training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+
+__all__ = ["fixed", "numbers", "texts"]
+
+
+def fixed(values: Sequence[int] | np.ndarray, kind: pa.DataType) -> pa.Array:
+    """Give a column of integers; an array of the right dtype is not copied."""
+    array = np.ascontiguousarray(values, dtype=kind.to_pandas_dtype())
+    return pa.Array.from_buffers(kind, len(array), [None, pa.py_buffer(array)])
+
+
+def texts(values: Sequence[str]) -> pa.Array:
+    """Give a utf8 column."""
+    encoded = [value.encode() for value in values]
+    offsets = np.zeros(len(encoded) + 1, np.int32)
+    np.cumsum(np.fromiter(map(len, encoded), np.int32, len(encoded)), out=offsets[1:])
+    data = pa.py_buffer(b"".join(encoded))
+    return pa.Array.from_buffers(pa.utf8(), len(encoded), [None, pa.py_buffer(offsets), data])
+
+
+def numbers(column: pa.Array) -> np.ndarray:
+    """Give the values of a column of integers without nulls; they are not copied."""
+    data = column.buffers()[1]
+    dtype = column.type.to_pandas_dtype()
+    if data is None:
+        return np.empty(0, dtype)
+    return np.frombuffer(data, dtype)[column.offset : column.offset + len(column)]

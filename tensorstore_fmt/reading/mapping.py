@@ -1,0 +1,87 @@
+"""Mapping: a local, raw tensor used where it lies."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from tensorstore_fmt import dtypes
+from tensorstore_fmt.errors import ArgumentError, ChecksumError
+from tensorstore_fmt.format import layout
+from tensorstore_fmt.reading.assembly import assemble, choose
+from tensorstore_fmt.reading.entries import find
+from tensorstore_fmt.reading.reader import Ask, check_name
+from tensorstore_fmt.reading.session import Session
+from tensorstore_fmt.reading.timeline import timeline
+from tensorstore_fmt.reading.view import View
+
+__all__ = ["map_view"]
+
+
+def map_view(session: Session, ask: Ask) -> NDArray[Any]:
+    """Map one whole tensor at one step, read-only.
+
+    Raises
+    ------
+    ArgumentError
+        Code ``no_view``: it does not lie there in one raw piece.
+    """
+    name = ask.query.name
+
+    def refuse(why: str) -> ArgumentError:
+        return ArgumentError(
+            f"{name!r} cannot be mapped: {why}; use read()", code="no_view", name=name
+        )
+
+    def work(view: View) -> NDArray[Any]:
+        check_name(view, name)
+        if not session.storage.is_local or sys.byteorder == "big":
+            raise refuse("the run is not local, or this machine is big-endian")
+        (found,) = find(view, session.pages, [ask.query])
+        assembly = assemble(choose(view, timeline(view, found), ask.wanted), ())
+        if assembly.dtype == dtypes.STRING:
+            raise refuse("strings have no NumPy form on disk")
+        if len(assembly.groups) != 1 or len(assembly.groups[0].touched) != 1:
+            raise refuse("it is not stored as exactly one chunk")
+        (group,) = assembly.groups
+        row = found.entries.rows[int(group.entry[0, 0])]
+        if row["codec"] != layout.CODEC_RAW:
+            coding = layout.CODEC_NAMES.get(int(row["codec"]), str(row["codec"]))
+            raise refuse(f"its codec is {coding}, not raw (write it with compression='none')")
+        if row["shard"] == layout.INLINE_SHARD:
+            raise refuse("it is small and lies in the index")
+        shard, shard_nbytes = found.source_of(int(group.entry[0, 0])).segment.head.shards[int(row["shard"])]
+        begin, nbytes = int(row["offset"]), int(row["nbytes"])
+        if begin + nbytes > shard_nbytes or nbytes != row["raw_nbytes"]:
+            raise refuse("the index contradicts itself")
+        payload = session.storage.map(shard.path, begin + nbytes)[begin : begin + nbytes]
+        _check(session, shard.path, begin, payload, int(row["crc32c"]), name)
+        dtype = dtypes.numpy_dtype(assembly.dtype)
+        shape = group.touched.boxes[0]
+        array = np.frombuffer(payload, dtype).reshape(-1, *shape)[int(group.inner[0, 0])]
+        array.flags.writeable = False
+        return array
+
+    return session.do(work)
+
+
+def _check(
+    session: Session, path: str, offset: int, payload: memoryview, crc: int, name: str
+) -> None:
+    key = (path, offset, crc)
+    if key in session.checked:
+        return
+    found = crc32c.crc32c(payload)
+    if found != crc:
+        raise ChecksumError(
+            f"{name!r}: {path}, bytes {offset} to {offset + len(payload)}: checksum {found:08x}, "
+            f"expected {crc:08x}; the file is damaged, or was changed",
+            name=name,
+            file=path,
+            offset=offset,
+        )
+    session.checked.add(key)

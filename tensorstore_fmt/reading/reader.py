@@ -1,0 +1,162 @@
+"""Reading: from what a caller asks for to arrays, all of it in one round of requests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tensorstore_fmt import dtypes
+from tensorstore_fmt.errors import NameNotFoundError, StepNotFoundError
+from tensorstore_fmt.format import layout
+from tensorstore_fmt.reading.absence import absence, describe_query
+from tensorstore_fmt.reading.assembly import Assembly, assemble, choose
+from tensorstore_fmt.reading.entries import Found, Query, find
+from tensorstore_fmt.reading.fetch import read_all
+from tensorstore_fmt.reading.selection import normalize
+from tensorstore_fmt.reading.session import Session
+from tensorstore_fmt.reading.steps import StepSet
+from tensorstore_fmt.reading.timeline import Timeline, timeline
+from tensorstore_fmt.reading.view import View
+
+__all__ = ["Ask", "check_name", "read", "visible"]
+
+_MOST_COMPARED = 20_000
+_NEARBY = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """One result that a caller wants."""
+
+    query: Query
+    wanted: StepSet
+    index: object = ()
+    is_single: bool = False
+
+
+def check_name(view: View, name: str) -> None:
+    """Raise `NameNotFoundError`, with names that look alike, if a name is not in the run."""
+    if isinstance(name, str) and view.has(name):
+        return
+    if view.damage and not view.names:
+        raise view.damage[0]
+    near = get_close_matches(str(name), view.names[:_MOST_COMPARED], n=3)
+    hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
+    if not near and not view.is_closed:
+        hint = "; it may be logged later: call refresh()"
+    raise NameNotFoundError(
+        f"no tensor is named {name!r:.200}{hint}", name=name, near=near, names=len(view.names)
+    )
+
+
+def visible(session: Session, query: Query) -> Timeline:
+    """Give what is visible of a name in a range of steps."""
+
+    def work(view: View) -> Timeline:
+        check_name(view, query.name) if query.name else None
+        (found,) = find(view, session.pages, [query])
+        return timeline(view, found)
+
+    return session.do(work)
+
+
+def read(session: Session, asks: Sequence[Ask]) -> list[Any]:
+    """Read all that is asked for: one round for the index, if needed, and one for the data.
+
+    Returns
+    -------
+    list
+        For each an array (n, *selection), without the first axis if it is single; for a
+        single string of rank 0 a `str`.
+    """
+
+    def work(view: View) -> list[Any]:
+        for ask in asks:
+            check_name(view, ask.query.name)
+        founds = find(view, session.pages, [ask.query for ask in asks])
+        assemblies = [
+            _assembly(view, session, ask, found) for ask, found in zip(asks, founds, strict=True)
+        ]
+        arrays = iter(read_all(session.storage, [a for a in assemblies if isinstance(a, Assembly)]))
+        return [
+            _shaped(ask, next(arrays) if isinstance(each, Assembly) else each)
+            for ask, each in zip(asks, assemblies, strict=True)
+        ]
+
+    return session.do(work)
+
+
+def _assembly(
+    view: View, session: Session, ask: Ask, found: Found
+) -> Assembly | NDArray[Any]:
+    line = timeline(view, found)
+    try:
+        chosen = choose(view, line, ask.wanted)
+    except StepNotFoundError:
+        if ask.wanted.exact is None or len(line):
+            raise
+        # The pages at hand end there: look around, for a message that names what is near.
+        raise _with_neighbours(view, session, ask) from None
+    if len(chosen.steps):
+        return assemble(chosen, ask.index)
+    return _nothing(view, ask, line)
+
+
+def _with_neighbours(view: View, session: Session, ask: Ask) -> Exception:
+    assert ask.wanted.exact is not None
+    step = int(ask.wanted.exact[0])
+    query = Query(
+        name=ask.query.name,
+        kind=ask.query.kind,
+        low=max(0, step - _NEARBY),
+        high=min(step + _NEARBY, layout.MAX_STEP),
+        mode=ask.query.mode,
+        worker=ask.query.worker,
+        attempt=ask.query.attempt,
+    )
+    (found,) = find(view, session.pages, [query])
+    line = timeline(view, found)
+    have = line.saved().step
+    missing = ask.wanted.exact[~np.isin(ask.wanted.exact, have)]
+    return absence(view, query, line, int(missing[0]) if len(missing) else step)
+
+
+def _nothing(view: View, ask: Ask, line: Timeline) -> NDArray[Any]:
+    """Give the result for a range in which nothing was saved."""
+    query = ask.query
+    sources = [
+        s
+        for s in view.sources(query.name, layout.KIND_DATA)
+        if query.mode in (None, s.series.mode)
+        and query.worker in (None, s.worker)
+        and query.attempt in (None, s.attempt)
+    ]
+    if not sources:
+        raise absence(view, query, line, max(ask.wanted.low, 0))
+    is_global = query.worker is None
+    shapes = {(is_global and s.series.global_shape) or s.series.shape for s in sources}
+    names = {s.series.dtype for s in sources}
+    (shape, *others), (name, *_) = shapes, names
+    if others or -1 in shape:
+        raise StepNotFoundError(
+            f"{describe_query(query)}: no step was saved from {ask.wanted.low} to "
+            f"{ask.wanted.high}, and its shape is not always the same",
+            name=query.name,
+        )
+    selection = normalize(ask.index, shape)
+    return np.empty((0, *selection.shape), dtypes.numpy_dtype(name).newbyteorder("="))
+
+
+def _shaped(ask: Ask, array: NDArray[Any]) -> Any:
+    if ask.is_single:
+        if array.ndim == 1 and array.dtype == object:
+            return array[0]
+        return array.reshape(array.shape[1:])
+    if ask.wanted.order is not None:
+        return array[ask.wanted.order]
+    return array

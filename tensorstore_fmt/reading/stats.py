@@ -1,0 +1,234 @@
+"""Statistics: of each step, from the index alone (spec, "Statistics")."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from tensorstore_fmt.errors import FormatError, StepNotFoundError
+from tensorstore_fmt.format import layout, statistics
+from tensorstore_fmt.reading.absence import absence, describe_query
+from tensorstore_fmt.reading.assembly import Chosen, assemble, choose
+from tensorstore_fmt.reading.entries import Query, find
+from tensorstore_fmt.reading.fetch import read_all
+from tensorstore_fmt.reading.reader import check_name
+from tensorstore_fmt.reading.session import Session
+from tensorstore_fmt.reading.steps import StepSet
+from tensorstore_fmt.reading.timeline import Timeline, timeline
+from tensorstore_fmt.reading.view import View
+
+__all__ = ["Stats", "read_stats", "stat_rows"]
+
+_I64 = NDArray[np.int64]
+_F64 = NDArray[np.float64]
+
+_COUNTS = ("count", "nan", "posinf", "neginf", "zero")
+
+
+class Stats(Mapping[str, NDArray[Any]]):
+    """Columns of statistics, one row a step, ascending; also attributes: ``stats.mean``.
+
+    ``step``, ``count``, ``nan``, ``posinf``, ``neginf``, ``zero`` are int64, the others
+    float64: ``min`` and ``max`` (of what is not NaN), ``sum``, ``sumsq``, ``sumabs``,
+    ``mean``, ``std`` (of the population) and ``l2`` (of the finite elements).
+    """
+
+    step: _I64
+    count: _I64
+    nan: _I64
+    posinf: _I64
+    neginf: _I64
+    zero: _I64
+    min: _F64
+    max: _F64
+    sum: _F64
+    sumsq: _F64
+    sumabs: _F64
+    mean: _F64
+    std: _F64
+    l2: _F64
+
+    def __init__(self, name: str, step: _I64, rows: _F64) -> None:
+        self._name = name
+        columns: dict[str, NDArray[Any]] = {"step": step}
+        for field, column in zip(layout.STATS_FIELDS, rows.T, strict=True):
+            columns[field] = (
+                column.astype(np.int64) if field in _COUNTS else np.ascontiguousarray(column)
+            )
+        columns |= derived(columns)
+        self._columns = columns
+        self.__dict__.update(columns)
+
+    def __getitem__(self, column: str) -> NDArray[Any]:
+        return self._columns[column]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._columns)
+
+    def __len__(self) -> int:
+        return len(self._columns)
+
+    def table(self) -> pa.Table:
+        """Give the columns as an Arrow table."""
+        return pa.table(self._columns)
+
+    def __arrow_c_stream__(self, requested_schema: object | None = None) -> object:
+        return self.table().__arrow_c_stream__(requested_schema)
+
+    def __repr__(self) -> str:
+        return f"<Stats of {self._name!r}: {len(self.step)} steps, columns {', '.join(self)}>"
+
+
+def derived(columns: Mapping[str, NDArray[Any]]) -> dict[str, _F64]:
+    """Compute mean, std and l2 from the columns that are stored."""
+    n = columns["count"] - columns["nan"] - columns["posinf"] - columns["neginf"]
+    with np.errstate(all="ignore"):
+        n = np.where(n > 0, n, np.nan)
+        mean = columns["sum"] / n
+        std = np.sqrt(np.maximum(columns["sumsq"] / n - mean * mean, 0))
+        return {"mean": mean, "std": std, "l2": np.sqrt(columns["sumsq"])}
+
+
+def read_stats(session: Session, query: Query, wanted: StepSet) -> Stats:
+    """Read the statistics of the steps that have any.
+
+    Raises
+    ------
+    NotThereError
+        A step that was asked for exactly has none.
+    AmbiguousError
+        Several workers or modes have some of the same step.
+    """
+
+    def work(view: View) -> Stats:
+        check_name(view, query.name)
+        of_data, of_stats = (
+            Query(
+                name=query.name, kind=kind, low=wanted.low, high=wanted.high,
+                mode=query.mode, worker=query.worker, attempt=query.attempt,
+            )
+            for kind in (layout.KIND_DATA, layout.KIND_STATS)
+        )  # fmt: skip
+        data, stats = (
+            timeline(view, found).saved()
+            for found in find(view, session.pages, [of_data, of_stats])
+        )
+        every = StepSet(wanted.low, wanted.high, wanted.stride)
+        step, rows = _of_series(view, session, stats, every)
+        more_step, more_rows = _of_values(view, session, data, every, step)
+        if len(more_step):
+            step, rows = np.concatenate([step, more_step]), np.concatenate([rows, more_rows])
+            order = np.argsort(step, kind="stable")
+            step, rows = step[order], rows[order]
+        if wanted.exact is not None:
+            missing = wanted.exact[~np.isin(wanted.exact, step)]
+            if len(missing):
+                raise _missing(view, query, data, stats, int(missing[0]))
+            at = step.searchsorted(wanted.exact)
+            at = at if wanted.order is None else at[wanted.order]
+            step, rows = step[at], rows[at]
+        return Stats(query.name, step, rows)
+
+    return session.do(work)
+
+
+def _missing(view: View, query: Query, data: Timeline, stats: Timeline, step: int) -> Exception:
+    facts: dict[str, object] = {"name": query.name, "step": step}
+    if (stats.step == step).any():
+        return FormatError(
+            f"{describe_query(query)}: the statistics of step {step} do not cover the whole tensor",
+            code="parts",
+            **facts,
+        )
+    if (data.step == step).any():
+        return StepNotFoundError(
+            f"{describe_query(query)}: step {step} has values but no statistics; read the values",
+            **facts,
+        )
+    return absence(view, stats.found.query, stats, step)
+
+
+def stat_rows(session: Session, line: Timeline, rows: _I64) -> _F64:
+    """Read the vectors of some rows of a timeline; shape (n, 10)."""
+    step = line.step[rows]
+    chosen = Chosen(line, step, rows, np.arange(len(rows)), is_parts=False)
+    (values,) = read_all(session.storage, [assemble(chosen, ())])
+    if values.shape != (len(rows), layout.STATS_LEN) or values.dtype != np.float64:
+        raise FormatError(
+            f"{line.found.query.name!r}: its statistics have shape {values.shape[1:]} and dtype "
+            f"{values.dtype}",
+            name=line.found.query.name,
+        )
+    return values
+
+
+def _of_series(
+    view: View, session: Session, line: Timeline, every: StepSet
+) -> tuple[_I64, _F64]:
+    """Take them from statistics series; those of parts are added up."""
+    chosen = choose(view, line, every)
+    if not len(chosen.rows):
+        return np.empty(0, np.int64), np.empty((0, layout.STATS_LEN))
+    rows = stat_rows(session, chosen.line, chosen.rows)
+    if not chosen.is_parts:
+        return chosen.steps, rows
+    begins = np.flatnonzero(np.diff(chosen.number, prepend=-1))
+    total = np.add.reduceat(rows, begins)
+    total[:, 5] = np.fmin.reduceat(rows[:, 5], begins)
+    total[:, 6] = np.fmax.reduceat(rows[:, 6], begins)
+    sources = chosen.line.found.sources
+    size = np.array([float(np.prod(s.series.global_shape, dtype=float)) for s in sources])
+    is_whole = total[:, 0] == size[chosen.line.source[chosen.rows[begins]]]
+    return chosen.steps[is_whole], total[is_whole]
+
+
+def _of_values(
+    view: View, session: Session, line: Timeline, every: StepSet, have: _I64
+) -> tuple[_I64, _F64]:
+    """Compute them from values that lie in the index."""
+    entries = line.found.entries.rows[line.row]
+    can = np.array(
+        [
+            statistics.supports(s.series.dtype)
+            and not s.series.global_shape
+            and all(g == 0 or g >= n >= 0 for g, n in zip(s.series.grid, s.series.shape, strict=True))
+            for s in line.found.sources
+        ],
+        np.bool_,
+    )
+    keep = (entries["shard"] == layout.INLINE_SHARD) & (
+        can[line.source] if len(can) else np.zeros(len(entries), np.bool_)
+    )
+    if len(have):
+        keep &= ~np.isin(line.step, have)
+    chosen = choose(view, line.take(keep), every)
+    steps, parts = [np.empty(0, np.int64)], [np.empty((0, layout.STATS_LEN))]
+    used = chosen.line.source[chosen.rows]
+    for source in np.unique(used).tolist():
+        rows = chosen.rows[used == source]
+        series = line.found.sources[source].series
+        for some in _same_shape(chosen.line, rows):
+            step = chosen.line.step[some]
+            part = Chosen(chosen.line, step, some, np.arange(len(some)), is_parts=False)
+            (values,) = read_all(session.storage, [assemble(part, ())])
+            flat = np.ascontiguousarray(values).reshape(len(some), -1)
+            steps.append(step)
+            parts.append(statistics.compute_rows(flat, dtype=series.dtype))
+    step, rows_ = np.concatenate(steps), np.concatenate(parts)
+    order = np.argsort(step, kind="stable")
+    return step[order], rows_[order]
+
+
+def _same_shape(line: Timeline, rows: _I64) -> list[_I64]:
+    """Split rows of one source by the lengths of the axes that vary."""
+    dims = line.found.entries.dims.take(line.row[rows]).values.reshape(len(rows), -1)
+    if dims.shape[1] == 0:
+        return [rows]
+    _, inverse = np.unique(dims, axis=0, return_inverse=True)
+    inverse = inverse.reshape(-1)
+    return [rows[inverse == i] for i in range(int(inverse.max(initial=-1)) + 1)]
+

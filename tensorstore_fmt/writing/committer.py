@@ -1,0 +1,176 @@
+"""The thread that commits: every so often, and when asked to (spec, "Duties of a writer")."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Final
+
+from tensorstore_fmt.format import layout, segment
+from tensorstore_fmt.storage import Storage
+from tensorstore_fmt.writing.commit import collect, tables
+from tensorstore_fmt.writing.encoders import EncoderPool
+from tensorstore_fmt.writing.failures import Failures
+from tensorstore_fmt.writing.options import MIB, WriterOptions
+from tensorstore_fmt.writing.pending import Generation, PendingEntry
+from tensorstore_fmt.writing.segments import SegmentLog
+from tensorstore_fmt.writing.shards import ShardSink
+
+__all__ = ["Committer", "Taken"]
+
+_CARRIED_NBYTES: Final = 64 * MIB
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A generation to which nothing is added any more, and what its header says of steps."""
+
+    generation: Generation
+    complete_through: tuple[int, int, int, int]
+
+
+class Committer:
+    """Publishes generations one after the other.
+
+    Parameters
+    ----------
+    header
+        What all segments of this writer have in common; flush 0 is published with it.
+    take
+        Closes the current generation and begins the next; told whether it is the last.
+    has_news
+        Whether the current generation holds anything.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        options: WriterOptions,
+        header: segment.Header,
+        *,
+        sink: ShardSink,
+        segments: SegmentLog,
+        pool: EncoderPool,
+        failures: Failures,
+        take: Callable[[bool], Taken],
+        has_news: Callable[[], bool],
+    ) -> None:
+        self._storage = storage
+        self._options = options
+        self._header = header
+        self._sink = sink
+        self._segments = segments
+        self._pool = pool
+        self._failures = failures
+        self._take = take
+        self._has_news = has_news
+        self._changed = threading.Condition()
+        self._committed = self._attempted = self._wanted = 0
+        self._synced = -1
+        self._wanted_synced = -1
+        self._is_stopping = False
+        self._carried: list[tuple[int, list[PendingEntry]]] = []
+        self.dropped = 0
+        self._thread = threading.Thread(
+            target=self._run, name="tensorstore_fmt-committer", daemon=True
+        )
+        self._thread.start()
+
+    def request(self, number: int, *, durable: bool = False) -> None:
+        """Ask for a commit of the generations up to this one."""
+        with self._changed:
+            self._wanted = max(self._wanted, number)
+            if durable:
+                self._wanted_synced = max(self._wanted_synced, number)
+            self._changed.notify_all()
+
+    def wait(self, number: int, *, durable: bool = False) -> bool:
+        """Wait for the attempt to commit a generation; say whether it is safe now."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._attempted >= number)
+            return self._committed >= number and (not durable or self._synced >= number)
+
+    def close(self) -> None:
+        """Commit all that is left, durably, and mark the writer as closed."""
+        with self._changed:
+            self._is_stopping = True
+            self._changed.notify_all()
+        self._thread.join()
+        self._flush(durable=True, is_last=True)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self._is_stopping or self._wanted > self._attempted,
+                    timeout=self._options.flush_interval_s,
+                )
+                is_wanted = self._wanted > self._attempted
+                durable = self._wanted_synced > self._attempted
+                if self._is_stopping and not is_wanted:
+                    return
+            if is_wanted or self._has_news():
+                self._flush(durable=durable, is_last=False)
+
+    def _flush(self, *, durable: bool, is_last: bool) -> None:
+        """Commit the current generation; only one thread at a time calls this."""
+        taken = self._take(is_last)
+        generation = taken.generation
+        with generation.done:
+            generation.done.wait_for(lambda: generation.outstanding == 0)
+        is_there = is_synced = False
+        try:
+            is_there = self._commit(taken, durable=durable, is_last=is_last)
+            if is_there and durable:
+                self._sync()
+                is_synced = True
+        except Exception as error:  # noqa: BLE001 - whatever it is, training goes on; it is counted
+            self._failures.note(error)
+        with self._changed:
+            self._attempted = generation.number
+            if is_there:
+                self._committed = generation.number
+            if is_synced:
+                self._synced = generation.number
+            self._changed.notify_all()
+
+    def _commit(self, taken: Taken, *, durable: bool, is_last: bool) -> bool:
+        generation = taken.generation
+        self._sink.flush(durable=durable)
+        entries, dropped = collect(generation)
+        self.dropped += dropped
+        # What an earlier flush could not publish, or had nothing to: the range covers it.
+        self._carried.append((generation.number, entries))
+        if not is_last and not any(part for _, part in self._carried):
+            return True
+        header = replace(
+            self._header,
+            first_flush=self._carried[0][0],
+            last_flush=generation.number,
+            published_us=self._options.clock_us(),
+            complete_through=taken.complete_through,
+            is_closed=is_last,
+        )
+        if not self._failures.attempt(
+            lambda: self._segments.publish(header, tables(self._carried)), undo=lambda: None
+        ):
+            self._bound_carried()
+            return False
+        self._carried = []
+        self._pool.committed(generation.number)
+        return True
+
+    def _sync(self) -> None:
+        self._storage.sync([layout.RUN_JSON, *self._sink.take_unsynced()])
+        self._segments.sync()
+
+    def _bound_carried(self) -> None:
+        """Keep what could not be published within bounds: the oldest goes first."""
+        size = 0
+        for i in range(len(self._carried) - 1, -1, -1):
+            number, entries = self._carried[i]
+            size += sum(256 + len(e.placed.inline or b"") for e in entries)
+            if size > _CARRIED_NBYTES and entries:
+                self.dropped += sum(e.count for e in entries)
+                self._carried[i] = (number, [])
