@@ -275,10 +275,8 @@ class Shard:
         }  # fmt: skip
         metadata = {"tensorstore_fmt": json.dumps(about, separators=(",", ":"))}
         self._schema = pa.schema(list(SHARD_COLUMNS.items()), metadata=metadata)
-        self._sink = pa.BufferOutputStream()
-        self._writer = pa.ipc.new_file(self._sink, self._schema)
+        self._waiting: list[tuple[Row, Row]] = []
         self._batches: list[list[Row]] = []
-        self.end = 0
 
     @property
     def name(self) -> str:
@@ -286,40 +284,47 @@ class Shard:
         worker, attempt, writer, number = self.key
         return f"{worker:06d}-{attempt:06d}-{writer:016x}-{number:012d}.arrow"
 
-    def append(self, rows: Sequence[Row]) -> list[int]:
-        """Write one record batch; give the offset of each payload in the file."""
-        full = [dict(row) for row in rows]
-        lengths = []
-        for row in full:
-            row["row_crc"] = self._row_crc(row)
-            lengths.append(len(row["payload"]) + -len(row["payload"]) % 64)
-            row["payload"] += bytes(-len(row["payload"]) % 64)
-        start = self._sink.tell()
-        arrays = [pa.array([r[name] for r in full], kind) for name, kind in SHARD_COLUMNS.items()]
-        self._writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=self._schema))
-        self._batches.append(full)
-        offsets = self._payload_place(start) + pa.compute.cumulative_sum(
-            pa.array([0, *lengths[:-1]])
-        ).to_numpy()
-        self.end = max(
-            int(o) + r["nbytes"] for o, r in zip(offsets.tolist(), full, strict=True)
-        )
-        return [int(o) for o in offsets]
+    def put(self, entry: Row, row: Row) -> None:
+        """Take a chunk; `flush` sets the offset in its entry."""
+        row["row_crc"] = self._row_crc(row)
+        row["payload"] += bytes(-len(row["payload"]) % 64)
+        self._waiting.append((entry, row))
 
-    def _payload_place(self, start: int) -> int:
-        """Find the payload buffer of the batch written last: the last buffer of its body."""
-        data = self.unsealed()
-        # The schema's message comes with the first batch: skip to the record batch.
+    def flush(self) -> None:
+        """Write what waits as one record batch."""
+        if not self._waiting:
+            return
+        self._batches.append([row for _, row in self._waiting])
+        data, starts, _ = self._encode()
+        place = self._payload_place(data, starts[-1])
+        for entry, row in self._waiting:
+            entry["offset"] = place
+            place += len(row["payload"])
+        self._waiting = []
+
+    def _encode(self) -> tuple[bytes, list[int], int]:
+        """Give the whole file, where its batches begin, and where the last one ends."""
+        sink = pa.BufferOutputStream()
+        writer = pa.ipc.new_file(sink, self._schema)
+        starts = []
+        for rows in self._batches:
+            starts.append(sink.tell())
+            arrays = [pa.array([r[n] for r in rows], kind) for n, kind in SHARD_COLUMNS.items()]
+            writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=self._schema))
+        end = sink.tell()
+        writer.close()
+        return bytes(sink.getvalue().to_pybytes()), starts, end
+
+    def _payload_place(self, data: bytes, start: int) -> int:
+        """Find the payload buffer of the record batch that begins at or behind `start`."""
         source = pa.BufferReader(data)
-        source.seek(8 if start == 0 else start)
+        source.seek(start or 8)  # the magic
         message = pa.ipc.read_message(source)
         while message.type != "record batch":
             message = pa.ipc.read_message(source)
-        batch = pa.ipc.read_record_batch(message, self._schema)
+        payload = pa.ipc.read_record_batch(message, self._schema).column("payload").buffers()[2]
         body = message.body
-        return int(
-            source.tell() - body.size + batch.column("payload").buffers()[2].address - body.address
-        )
+        return int(source.tell() - body.size + payload.address - body.address)
 
     def _row_crc(self, row: Row) -> int:
         worker, attempt, writer, _ = self.key
@@ -348,15 +353,17 @@ class Shard:
             )  # fmt: skip
         )
 
+    @property
+    def borders(self) -> tuple[list[int], int]:
+        """Where the record batches begin, and where the last one ends."""
+        _, starts, end = self._encode()
+        return starts, end
+
     def unsealed(self) -> bytes:
         """Give what stands in the file while its writer lives."""
-        return self.sealed()[: self._sink.tell()]
+        data, _, end = self._encode()
+        return data[:end]
 
     def sealed(self) -> bytes:
         """Give the whole Arrow IPC file."""
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_file(sink, self._schema) as writer:
-            for rows in self._batches:
-                arrays = [pa.array([r[n] for r in rows], kind) for n, kind in SHARD_COLUMNS.items()]
-                writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=self._schema))
-        return bytes(sink.getvalue().to_pybytes())
+        return self._encode()[0]

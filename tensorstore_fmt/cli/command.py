@@ -14,11 +14,11 @@ from tensorstore_fmt.cli.failures import (
     EXIT_PIPE,
     EXIT_PROBLEM,
     EXIT_USAGE,
-    UsageError,
     describe,
+    is_usage,
 )
 from tensorstore_fmt.cli.output import Output
-from tensorstore_fmt.cli.parser import PROGRAM, VERB_MODULES, parse
+from tensorstore_fmt.cli.parser import PROGRAM, VERBS, parse
 from tensorstore_fmt.cli.text import escape
 from tensorstore_fmt.errors import TensorStoreError
 
@@ -60,8 +60,10 @@ def _run(words: Sequence[str], output: Output) -> int:
     is_debug = "--debug" in words
     try:
         arguments = parse(words)
-        module = import_module(f"tensorstore_fmt.cli.{VERB_MODULES[arguments.verb]}")
-        verb: Callable[[Namespace, Output], int] = getattr(module, arguments.verb)
+        module, function = VERBS[arguments.verb].split(".")
+        verb: Callable[[Namespace, Output], int] = getattr(
+            import_module(f"tensorstore_fmt.cli.{module}"), function
+        )
         return verb(arguments, output)
     except SystemExit as leaving:  # argparse printed help or the version
         return leaving.code if isinstance(leaving.code, int) else 0
@@ -75,6 +77,6 @@ def _run(words: Sequence[str], output: Output) -> int:
         if output.is_json:
             output.json({"error": facts})
         print(f"{PROGRAM}: {escape(str(facts['message']))}", file=sys.stderr)
-        return EXIT_USAGE if isinstance(error, UsageError) else EXIT_PROBLEM
+        return EXIT_USAGE if is_usage(error) else EXIT_PROBLEM
     finally:
         output.end_progress()

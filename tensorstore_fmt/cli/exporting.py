@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from tensorstore_fmt.cli.expressions import parse_step, parse_steps
 from tensorstore_fmt.cli.output import Output
-from tensorstore_fmt.cli.session import open_run, selection
+from tensorstore_fmt.cli.session import one_step, open_run, selection, step_range
 from tensorstore_fmt.cli.text import bytes_text, steps_text
 
 __all__ = ["export"]
@@ -16,8 +15,8 @@ def export(arguments: Namespace, output: Output) -> int:
     """Write scalars or tensors to a local file."""
     from tensorstore_fmt.interop.export import export as write
 
-    step = None if arguments.step is None else parse_step(arguments.step)
-    steps = None if arguments.steps is None else parse_steps(arguments.steps)
+    step = one_step(arguments)
+    steps = step_range(arguments)
     with open_run(arguments, output) as run:
         report = write(
             run,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from types import EllipsisType
-from typing import Final, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 from tensorstore_fmt.cli.failures import UsageError
 
@@ -127,7 +127,7 @@ def _bad_steps(text: str) -> UsageError:
     )
 
 
-def parse_step(text: str) -> int | str:
+def parse_step(text: str) -> int | Literal["first", "last"]:
     """Parse one step: a number, or the words ``first`` and ``last``.
 
     Raises
@@ -137,7 +137,7 @@ def parse_step(text: str) -> int | str:
     """
     plain = text.strip()
     if plain in ("first", "last"):
-        return plain
+        return "first" if plain == "first" else "last"
     if not _NUMBER.fullmatch(plain):
         raise UsageError(
             f"--step {text[:80]!r}: write a step number, 'first' or 'last' "

@@ -8,24 +8,27 @@ from typing import Final, NoReturn
 
 from tensorstore_fmt._version import __version__
 from tensorstore_fmt.cli.failures import UsageError
+from tensorstore_fmt.cli.verbs import add_verbs
 
-__all__ = ["PROGRAM", "VERB_MODULES", "parse"]
+__all__ = ["PROGRAM", "VERBS", "parse"]
 
 PROGRAM: Final = "tensorstore-fmt"
 
-VERB_MODULES: Final = {
-    "ls": "listing",
-    "info": "overview",
-    "stat": "statistics",
-    "cat": "values",
-    "slice": "values",
-    "verify": "upkeep",
-    "recover": "upkeep",
-    "compact": "upkeep",
-    "export": "exporting",
-    "demo": "demonstration",
+VERBS: Final = {
+    "ls": "listing.ls",
+    "info": "overview.info",
+    "stat": "statistics.stat",
+    "cat": "values.cat",
+    "slice": "values.slice_",
+    "verify": "upkeep.verify",
+    "recover": "upkeep.recover",
+    "compact": "upkeep.compact",
+    "export": "exporting.export",
+    "demo": "demonstration.demo",
 }
-"""In which module of this package each verb's function lies."""
+"""The function of each verb: module of this package and name."""
+
+_LATE: Final = {"ls": "pattern", "slice": "index", "demo": "url"}
 
 _EPILOG: Final = """\
 URL is a folder, or whatever fsspec can open: s3://bucket/run, memory://run, https://host/run …
@@ -61,7 +64,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """
     _check_verb(argv)
     defaults = argparse.Namespace(json=False, debug=False, storage_options=None)
-    return build().parse_args(_with_brackets(argv), defaults)
+    arguments, rest = build().parse_known_args(_with_brackets(argv), defaults)
+    late = _LATE.get(arguments.verb)
+    if rest and late and getattr(arguments, late) is None and not rest[0].startswith("-"):
+        # Before Python 3.12.7 argparse loses an optional word that stands behind an option.
+        setattr(arguments, late, rest.pop(0))
+    if rest:
+        raise UsageError(
+            f"{arguments.verb} does not know {' '.join(rest)!r}; "
+            f"see: {PROGRAM} {arguments.verb} --help"
+        )
+    return arguments
 
 
 def _check_verb(argv: Sequence[str]) -> None:
@@ -71,13 +84,13 @@ def _check_verb(argv: Sequence[str]) -> None:
         if word == "--storage-options":
             next(words, None)
         elif not word.startswith("-"):
-            if word not in VERB_MODULES:
+            if word not in VERBS:
                 from difflib import get_close_matches  # rarely needed
 
-                near = get_close_matches(word, VERB_MODULES, n=2, cutoff=0.5)
+                near = get_close_matches(word, VERBS, n=2, cutoff=0.5)
                 meant = f"did you mean {' or '.join(near)}? " if near else ""
                 raise UsageError(
-                    f"there is no verb {word!r}; {meant}verbs: {' '.join(VERB_MODULES)}",
+                    f"there is no verb {word!r}; {meant}verbs: {' '.join(VERBS)}",
                     verb=word,
                     near=near,
                 )
@@ -107,12 +120,8 @@ def build() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(
         dest="verb", metavar="VERB", required=True, title="verbs", parser_class=_Parser
     )
-    for add in (_add_reading, _add_upkeep, _add_export, _add_demo):
-        add(verbs, common)
+    add_verbs(verbs, common)
     return parser
-
-
-_Verbs = argparse._SubParsersAction  # noqa: SLF001 - argparse gives this type no other name
 
 
 def _common() -> argparse.ArgumentParser:
@@ -126,194 +135,3 @@ def _common() -> argparse.ArgumentParser:
     )
     group.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     return common
-
-
-def _add(
-    verbs: _Verbs[_Parser],
-    common: argparse.ArgumentParser,
-    name: str,
-    summary: str,
-    more: str = "",
-) -> argparse.ArgumentParser:
-    return verbs.add_parser(
-        name,
-        help=summary,
-        description=summary[0].upper() + summary[1:] + ".",
-        epilog=more,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        parents=[common],
-    )
-
-
-def _add_selection(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("where several saved the same name")
-    group.add_argument("--mode", metavar="MODE", help="TRAIN, EVAL, PREDICT or NONE")
-    group.add_argument("--worker", metavar="N", type=int, help="of this worker")
-    group.add_argument("--attempt", metavar="N", type=int, help="of this attempt")
-
-
-def _add_steps(parser: argparse.ArgumentParser, *, is_required: bool = False) -> None:
-    group = parser.add_mutually_exclusive_group(required=is_required)
-    group.add_argument("--step", metavar="N", help="one step: a number, 'first' or 'last'")
-    group.add_argument(
-        "--steps",
-        metavar="A:B[:C]",
-        help="step numbers from A up to, not including B, every C; saved ones count",
-    )
-
-
-def _add_reading(verbs: _Verbs[_Parser], common: argparse.ArgumentParser) -> None:
-    ls = _add(
-        verbs,
-        common,
-        "ls",
-        "list the names in a run, or the runs in a folder",
-        "A pattern is quoted for the shell: tensorstore-fmt ls runs/first 'gradient/*' -l",
-    )
-    ls.add_argument("url", metavar="URL")
-    ls.add_argument("pattern", metavar="PATTERN", nargs="?", help="as in 'gradient/*'")
-    ls.add_argument(
-        "-l", dest="is_long", action="store_true", help="with dtype, shape, steps and sizes"
-    )
-    ls.add_argument(
-        "--steps",
-        dest="shows_steps",
-        action="store_true",
-        help="with the saved steps; of the whole run if there is no PATTERN",
-    )
-
-    info = _add(verbs, common, "info", "describe a run: attributes, workers, steps, sizes, damage")
-    info.add_argument("url", metavar="URL")
-
-    stat = _add(
-        verbs,
-        common,
-        "stat",
-        "show the statistics of tensors, step by step",
-        "Count, NaN, infinities, zeros, least, greatest, mean, standard deviation and L2 norm were\n"
-        "stored beside the tensors; no tensor is read.",
-    )
-    stat.add_argument("url", metavar="URL")
-    stat.add_argument("names", metavar="NAME", nargs="+", help="name or pattern")
-    _add_steps(stat)
-    _add_selection(stat)
-
-    cat = _add(
-        verbs,
-        common,
-        "cat",
-        "print values: scalars one line per step, tensors summarised",
-        "Without --step or --steps: all steps of a scalar, the last step of a tensor.\n"
-        "With --json, tensors are printed in full.",
-    )
-    cat.add_argument("url", metavar="URL")
-    cat.add_argument("name", metavar="NAME")
-    _add_steps(cat)
-    _add_selection(cat)
-
-    part = _add(
-        verbs,
-        common,
-        "slice",
-        "read part of a tensor and print or save it",
-        "EXPR is NumPy's basic indexing: integers, start:stop:step and ..., with or without [].\n"
-        "Only the chunks it touches are fetched. With --steps, the steps are stacked in front.\n\n"
-        "  tensorstore-fmt slice runs/first attention --step 500 '[3, 5, :20, :20]'",
-    )
-    part.add_argument("url", metavar="URL")
-    part.add_argument("name", metavar="NAME")
-    part.add_argument("index", metavar="EXPR", nargs="?", default="...", help="default: all")
-    _add_steps(part, is_required=True)
-    _add_selection(part)
-    part.add_argument("--out", metavar="FILE.npy", help="save it instead of printing")
-    _add_writing(part)
-
-
-def _add_writing(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--force", action="store_true", help="replace a file that exists")
-    parser.add_argument(
-        "--cast",
-        choices=("float32", "bits"),
-        help="store dtypes that the file format lacks (bfloat16 …) as float32, or as unsigned "
-        "integers with the same bits; others stay as they are",
-    )
-
-
-def _add_upkeep(verbs: _Verbs[_Parser], common: argparse.ArgumentParser) -> None:
-    verify = _add(
-        verbs,
-        common,
-        "verify",
-        "check every byte of a run against its checksums",
-        "Exit code 1 and a list of the damage if there is any.",
-    )
-    verify.add_argument("url", metavar="URL")
-
-    recover = _add(
-        verbs,
-        common,
-        "recover",
-        "save what a crash left behind, and close the run",
-        "Changes no committed byte. Refuses while a writer is alive.",
-    )
-    recover.add_argument("url", metavar="URL")
-    recover.add_argument("--dry-run", action="store_true", help="say what would be done")
-    recover.add_argument(
-        "--force", action="store_true", help="where it cannot be seen whether a writer is alive"
-    )
-
-    compact = _add(
-        verbs, common, "compact", "merge the index of a closed run, so that it opens faster"
-    )
-    compact.add_argument("url", metavar="URL")
-
-
-def _add_export(verbs: _Verbs[_Parser], common: argparse.ArgumentParser) -> None:
-    export = _add(
-        verbs,
-        common,
-        "export",
-        "write scalars or tensors to .csv .parquet .npy .npz .safetensors",
-        "The ending of OUT says the format.\n\n"
-        "  scalars      tensorstore-fmt export RUN loss.csv --names loss 'acc*'\n"
-        "  one name     tensorstore-fmt export RUN w.npy --names fc1.weight --step 100\n"
-        "  its steps    tensorstore-fmt export RUN w.npy --names fc1.weight --steps 0:1000\n"
-        "  one step     tensorstore-fmt export RUN step100.npz --step 100\n"
-        "  one step     tensorstore-fmt export RUN step100.safetensors --step last --names 'fc*'",
-    )
-    export.add_argument("url", metavar="URL")
-    export.add_argument("out", metavar="OUT", help="a file on this machine")
-    export.add_argument(
-        "--names", metavar="NAME", nargs="+", help="names or patterns; default: all that fit"
-    )
-    _add_steps(export)
-    _add_selection(export)
-    export.add_argument(
-        "--long",
-        dest="is_long",
-        action="store_true",
-        help="CSV with one row per name and step, instead of one column per name "
-        "(Parquet is always long)",
-    )
-    _add_writing(export)
-
-
-def _add_demo(verbs: _Verbs[_Parser], common: argparse.ArgumentParser) -> None:
-    demo = _add(
-        verbs,
-        common,
-        "demo",
-        "train a small network into a run and watch it from a second process",
-        "Needs scikit-learn and matplotlib: pip install 'tensorstore-fmt[demo]'",
-    )
-    demo.add_argument(
-        "url", metavar="URL", nargs="?", help="new run; default ./tensorstore-demo or the next free"
-    )
-    demo.add_argument("--steps", metavar="N", type=int, default=300, help="to train (300)")
-    demo.add_argument(
-        "--save-every", metavar="N", type=int, default=10, help="log tensors every N steps (10)"
-    )
-    demo.add_argument("--seed", metavar="N", type=int, default=0, help="of everything random (0)")
-    demo.add_argument("--pictures", metavar="DIR", help="folder for the pictures")
-    demo.add_argument("--quiet", action="store_true", help="print failures only")

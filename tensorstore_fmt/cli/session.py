@@ -13,10 +13,11 @@ from tensorstore_fmt.cli.expressions import parse_step, parse_steps
 from tensorstore_fmt.cli.failures import UsageError
 from tensorstore_fmt.cli.folders import find_runs
 from tensorstore_fmt.cli.output import Output
-from tensorstore_fmt.errors import NotARunError, StepNotFoundError
+from tensorstore_fmt.errors import NotARunError
 
 if TYPE_CHECKING:
-    from tensorstore_fmt.reading.run import Run, Tensor
+    from tensorstore_fmt.interop.picking import Step, Where
+    from tensorstore_fmt.reading.run import Run
 
 __all__ = ["one_step", "open_run", "open_url", "selection", "step_range", "storage_options"]
 
@@ -95,7 +96,7 @@ def _explained(error: NotARunError, url: str, options: Mapping[str, object] | No
         return NotARunError(f"{url} {what}{here}", url=url)
     runs = find_runs(url, options)
     if not runs:
-        return NotARunError(error.message, **error.facts)
+        return error
     shown = ", ".join(f"{url.rstrip('/')}/{name}" for name in runs[:_SHOWN_RUNS])
     more = f" and {len(runs) - _SHOWN_RUNS} more" if len(runs) > _SHOWN_RUNS else ""
     return NotARunError(
@@ -105,34 +106,20 @@ def _explained(error: NotARunError, url: str, options: Mapping[str, object] | No
     )
 
 
-def selection(arguments: Namespace) -> dict[str, object]:
-    """Give ``--mode``, ``--worker`` and ``--attempt`` as `Tensor.read` takes them."""
+def selection(arguments: Namespace) -> Where:
+    """Give ``--mode``, ``--worker`` and ``--attempt``."""
     return {
-        name: getattr(arguments, name)
-        for name in ("mode", "worker", "attempt")
-        if getattr(arguments, name) is not None
+        "mode": arguments.mode,
+        "worker": arguments.worker,
+        "attempt": arguments.attempt,
     }
 
 
-def one_step(arguments: Namespace, tensor: Tensor) -> int | None:
-    """Give the step that ``--step`` means for a tensor; None if it is not there."""
-    if arguments.step is None:
-        return None
-    step = parse_step(arguments.step)
-    if isinstance(step, int):
-        return step
-    saved = tensor.steps
-    if len(saved) == 0:
-        raise StepNotFoundError(f"{tensor.name!r} has no saved step", name=tensor.name)
-    return int(saved[0 if step == "first" else -1])
-
-
 def step_range(arguments: Namespace) -> slice | None:
-    """Give the range that ``--steps`` or ``--step N`` means; None for all."""
-    if arguments.steps is not None:
-        return parse_steps(arguments.steps)
-    if arguments.step is not None:
-        step = parse_step(arguments.step)
-        if isinstance(step, int):
-            return slice(step, step + 1)
-    return None
+    """Give the range that ``--steps`` means; None for all."""
+    return None if arguments.steps is None else parse_steps(arguments.steps)
+
+
+def one_step(arguments: Namespace) -> Step | None:
+    """Give what ``--step`` means, if it is there."""
+    return None if arguments.step is None else parse_step(arguments.step)

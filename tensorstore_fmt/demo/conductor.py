@@ -263,7 +263,7 @@ class _Demo:
             f"The follower saw {before_close} of {len(memory.test_loss)} saved steps before the "
             f"close, at most {behind} steps late."
         )
-        say(f"The writer: {written}.")
+        say(str(written))
 
     def _on_step(self, step: int, loss: float, accuracy: float) -> None:
         self._trained = step + 1

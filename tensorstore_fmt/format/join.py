@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from tensorstore_fmt.dtypes import STRING
 from tensorstore_fmt.format import codec, layout
-from tensorstore_fmt.format.strings import pack_strings, unpack_strings
 from tensorstore_fmt.format.catalog import CatalogTable
 from tensorstore_fmt.format.page import Entries
 from tensorstore_fmt.format.ragged import Ragged
+from tensorstore_fmt.format.strings import pack_strings, unpack_strings
 
 __all__ = ["is_alone", "join_entries"]
 
@@ -89,8 +89,7 @@ def _equal_neighbours(ragged: Ragged) -> Mask:
     padded = np.full((len(ragged), width), -1, np.int64)
     mask = np.arange(width) < lengths[:, None]
     padded[mask] = ragged.values
-    result: Mask = equal & (padded[:-1] == padded[1:]).all(axis=1)
-    return result
+    return equal & (padded[:-1] == padded[1:]).all(axis=1)
 
 
 def _is_joinable_payload(entries: Entries) -> Mask:

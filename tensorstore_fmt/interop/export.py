@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Final, Literal, TypeAlias
-
-import numpy as np
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from tensorstore_fmt import dtypes
 from tensorstore_fmt._version import __version__
 from tensorstore_fmt.errors import ArgumentError, StepNotFoundError
 from tensorstore_fmt.interop import npfiles, safetensors, tables
-from tensorstore_fmt.interop.items import Array, Cast, Item, fit
+from tensorstore_fmt.interop.items import Cast, Item, fit
 from tensorstore_fmt.interop.names import expand
 from tensorstore_fmt.interop.outfile import check_free, new_file
+from tensorstore_fmt.interop.picking import (
+    Step,
+    Where,
+    common_step,
+    item_at,
+    saved_steps,
+    stacked,
+)
 from tensorstore_fmt.reading.steps import Steps, step_set
 
 if TYPE_CHECKING:
@@ -27,8 +33,6 @@ __all__ = ["ENDINGS", "ExportReport", "Progress", "export"]
 ENDINGS: Final = (".csv", ".parquet", ".npy", ".npz", ".safetensors")
 
 Progress: TypeAlias = Callable[[int, int, str], None]
-
-_PIECE_NBYTES: Final = 32 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +72,7 @@ def export(
     path: str | os.PathLike[str],
     *,
     names: Sequence[str] | None = None,
-    step: int | Literal["first", "last"] | None = None,
+    step: Step | None = None,
     steps: Steps = None,
     mode: str | None = None,
     worker: int | None = None,
@@ -129,7 +133,7 @@ def export(
         run,
         out,
         patterns=None if names is None else list(names),
-        narrow={"mode": mode, "worker": worker, "attempt": attempt},
+        where={"mode": mode, "worker": worker, "attempt": attempt},
         replace=force,
         progress=progress,
     )
@@ -156,7 +160,7 @@ class _Job:
         path: str,
         *,
         patterns: list[str] | None,
-        narrow: Mapping[str, object],
+        where: Where,
         replace: bool,
         progress: Progress | None,
     ) -> None:
@@ -164,21 +168,21 @@ class _Job:
         self.path = path
         self.names = expand(run, patterns)
         self.is_exact = patterns is not None and self.names == patterns
-        self.narrow = narrow
+        self.where = where
         self.replace = replace
         self._progress = progress
         self._done = 0
 
     def tensor(self, name: str) -> Tensor:
         """Give a tensor, narrowed."""
-        return self.run[name].select(**self.narrow)  # type: ignore[arg-type]  # as export has them
+        return self.run[name].select(**self.where)
 
     # --- the kinds of files -------------------------------------------------------
     def scalars(
         self,
         ending: str,
         *,
-        step: int | Literal["first", "last"] | None,
+        step: Step | None,
         steps: Steps,
         is_long: bool,
     ) -> ExportReport:
@@ -197,9 +201,9 @@ class _Job:
         names = [name for name in self.names if name in kinds]
         tensors = [self.tensor(name) for name in names]
         if step is not None:
-            number = self._step(tensors, step)
+            number = common_step(tensors, step)
             steps = slice(number, number + 1)
-        scalars = tables.collect(self.run, tensors, self.narrow, step_set(steps))
+        scalars = tables.collect(self.run, tensors, self.where, step_set(steps))
         if not len(scalars.table):
             for tensor in tensors:
                 tensor.read(steps=steps)  # raises if it knows why there is nothing
@@ -217,7 +221,7 @@ class _Job:
     def one_name(
         self,
         *,
-        step: int | Literal["first", "last"] | None,
+        step: Step | None,
         steps: Steps,
         cast: Cast | None,
     ) -> ExportReport:
@@ -230,37 +234,29 @@ class _Job:
             )
         tensor = self.tensor(self.names[0])
         if step is not None:
-            number = self._step([tensor], step)
-            item, used = self._item(tensor, number), [number]
+            number = common_step([tensor], step)
+            item, used = item_at(tensor, number), [number]
         else:
-            saved = tensor.steps
-            used = saved[step_set(steps).of_saved(saved)].tolist()
-            if not used:
-                tensor.read(steps=steps, index=())  # raises if it knows why
-                raise StepNotFoundError(
-                    f"{tensor.name!r}: no step was saved in this range", name=tensor.name
-                )
-            item = self._stacked(tensor, used)
+            used = saved_steps(tensor, steps)
+            item = stacked(tensor, used)
         (fitted,) = fit([item], npfiles.DTYPES, cast, file_format=".npy")
         with new_file(self.path, replace=self.replace) as file:
             npfiles.write_npy(file, fitted, self._on_piece([fitted]))
         return self._report([tensor.name], used, {})
 
-    def one_step(
-        self, ending: str, *, step: int | Literal["first", "last"], cast: Cast | None
-    ) -> ExportReport:
+    def one_step(self, ending: str, *, step: Step, cast: Cast | None) -> ExportReport:
         """Write all names of a step."""
         tensors = [self.tensor(name) for name in self.names]
-        left_out = {t.name: "only statistics were saved" for t in tensors if not t.has_data}
+        left_out = {t.name: self._why_no_data(t.name) for t in tensors if not t.has_data}
         tensors = [t for t in tensors if t.name not in left_out]
-        number = self._step(tensors, step)
+        number = common_step(tensors, step)
         if not self.is_exact:
             here = [t for t in tensors if number in t.steps]
             if here:  # else the read says why there is none
                 names = {t.name for t in here}
                 left_out |= {t.name: "not saved then" for t in tensors if t.name not in names}
                 tensors = here
-        items = [self._item(tensor, number) for tensor in tensors]
+        items = [item_at(tensor, number) for tensor in tensors]
         if ending == ".safetensors" and not self.is_exact:
             texts = [item.name for item in items if item.dtype == dtypes.STRING]
             left_out |= dict.fromkeys(texts, "a string")
@@ -282,55 +278,10 @@ class _Job:
                 )
         return self._report([item.name for item in fitted], [number], left_out)
 
-    # --- their parts ----------------------------------------------------------------
-    def _step(self, tensors: Sequence[Tensor], step: int | Literal["first", "last"]) -> int:
-        """Give a step as a number: the first or last that all tensors have."""
-        if not isinstance(step, str):
-            return step
-        common = tensors[0].steps if tensors else np.empty(0, np.int64)
-        for tensor in tensors[1:]:
-            common = np.intersect1d(common, tensor.steps)
-        if not len(common):
-            raise StepNotFoundError(
-                f"no step has all of the {len(tensors)} names; give a step number, or fewer names"
-            )
-        return int(common[0 if step == "first" else -1])
-
-    def _item(self, tensor: Tensor, step: int) -> Item:
-        shape = tensor.shape_at(step)
-        return Item(
-            name=tensor.name,
-            dtype=_dtype_at(tensor, step, len(shape)),
-            shape=shape,
-            pieces=lambda: [lambda: tensor.read(step=step)],
-        )
-
-    def _stacked(self, tensor: Tensor, steps: Sequence[int]) -> Item:
-        shape = tensor.shape_at(steps[0])
-        dtype = _dtype_at(tensor, steps[0], len(shape))
-        step_nbytes = max(1, dtypes.itemsize(dtype)) * int(np.prod(shape, dtype=object))
-        count = max(1, _PIECE_NBYTES // max(1, step_nbytes))
-
-        def piece(some: Sequence[int]) -> Callable[[], Array]:
-            def read() -> Array:
-                array: Array = tensor.read(steps=some)
-                if array.shape[1:] != shape:
-                    raise ArgumentError(
-                        f"{tensor.name!r} has shape {shape} at step {steps[0]} and "
-                        f"{array.shape[1:]} at step {some[0]}; such steps cannot be stacked",
-                        code="shape_varies",
-                        name=tensor.name,
-                    )
-                return array
-
-            return read
-
-        return Item(
-            name=tensor.name,
-            dtype=dtype,
-            shape=(len(steps), *shape),
-            pieces=lambda: [piece(steps[i : i + count]) for i in range(0, len(steps), count)],
-        )
+    def _why_no_data(self, name: str) -> str:
+        if self.run[name].has_data:
+            return "not saved in this mode, by this worker or in this attempt"
+        return "only statistics were saved"
 
     def _on_piece(self, items: Sequence[Item]) -> Callable[[int], None]:
         total = sum(item.nbytes for item in items)
@@ -351,9 +302,3 @@ class _Job:
             steps=steps,
             left_out=left_out,
         )
-
-
-def _dtype_at(tensor: Tensor, step: int, rank: int) -> str:
-    """Give the dtype at a step, which need not be that of the last one; reads no element."""
-    nothing = np.asarray(tensor.read(step=step, index=(slice(0, 0),) * rank))
-    return dtypes.STRING if nothing.dtype.kind in "OUT" else dtypes.dtype_name(nothing.dtype)

@@ -54,7 +54,7 @@ class Item:
 
         def checked(piece: Callable[[], Array]) -> Callable[[], Array]:
             def read() -> Array:
-                array = np.asarray(piece())
+                array = np.asarray(piece(), object if self.dtype == dtypes.STRING else None)
                 if array.dtype.newbyteorder("=") != expected.newbyteorder("="):
                     raise ArgumentError(
                         f"{self.name!r} is {array.dtype} in some steps and {self.dtype} in others; "
@@ -98,7 +98,7 @@ def _advice(unfit: Sequence[Item], known: Collection[str]) -> str:
         ways.append("store them as float32, which holds each of their values (--cast float32)")
     if all(_cast(item, known, "bits") for item in unfit):
         ways.append("as unsigned integers with the same bits (--cast bits)")
-    return " or ".join([*ways, "choose other names (--names)"])
+    return " or ".join(ways) or "choose other names (--names)"
 
 
 def _cast(item: Item, known: Collection[str], cast: Cast | None) -> Item | None:

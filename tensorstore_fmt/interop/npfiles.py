@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable, Sequence
-from typing import BinaryIO, Final, Protocol
+from typing import TYPE_CHECKING, BinaryIO, Final, Protocol
 
 import numpy as np
 
 from tensorstore_fmt import dtypes
 from tensorstore_fmt.errors import ArgumentError
 from tensorstore_fmt.interop.items import Array, Item
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer as Buffer
 
 __all__ = ["DTYPES", "write_npy", "write_npz"]
 
@@ -22,7 +25,7 @@ DTYPES: Final = frozenset(
 
 
 class _Sink(Protocol):
-    def write(self, data: bytes, /) -> object: ...
+    def write(self, data: Buffer, /) -> object: ...
 
 
 def write_npy(file: BinaryIO, item: Item, on_piece: Callable[[int], None]) -> None:
@@ -65,12 +68,12 @@ def _write_array(sink: _Sink, item: Item, on_piece: Callable[[int], None]) -> No
         "fortran_order": False,
         "shape": item.shape,
     }
-    np.lib.format.write_array_header_1_0(sink, header)  # type: ignore[arg-type]  # only writes
+    np.lib.format.write_array_header_1_0(sink, header)
     size = 0
     for read in readers:
         array = read()
         size += array.size
-        sink.write(array.reshape(-1).view(np.uint8).data)  # type: ignore[arg-type]  # a buffer
+        sink.write(array.reshape(-1).view(np.uint8).data)
         on_piece(array.nbytes)
     _check_size(item, size)
 

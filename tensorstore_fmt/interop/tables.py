@@ -15,6 +15,7 @@ from tensorstore_fmt import dtypes
 from tensorstore_fmt.reading.steps import StepSet
 
 if TYPE_CHECKING:
+    from tensorstore_fmt.interop.picking import Where
     from tensorstore_fmt.reading.run import Run
     from tensorstore_fmt.reading.tensor import Tensor
 
@@ -92,31 +93,26 @@ class Scalars:
         return self.column(name, self.table["value"], self.table["text"])
 
 
-def collect(
-    run: Run, tensors: Sequence[Tensor], narrow: Mapping[str, object], wanted: StepSet
-) -> Scalars:
+def collect(run: Run, tensors: Sequence[Tensor], where: Where, wanted: StepSet) -> Scalars:
     """Read the scalars of some names.
 
     Parameters
     ----------
     tensors
-        Of `run`, narrowed as `narrow` says: ``mode``, ``worker`` and ``attempt``, or None.
+        Of `run`, narrowed as `where` says.
     wanted
         Which steps.
     """
     names = [tensor.name for tensor in tensors]
     kinds = {name: found for name, (found, _) in scalar_dtypes(run).items() if name in set(names)}
-    if narrow.get("attempt") is None:
-        table = run.scalars(names)
-    else:
-        table = _of_attempt(tensors)
+    table = run.scalars(names) if where.get("attempt") is None else _of_attempt(tensors)
     keep = wanted.of_saved(table["step"].to_numpy())
-    if narrow.get("mode") is not None:
-        keep &= pc.equal(table["mode"], str(narrow["mode"]).upper()).to_numpy()
-    if narrow.get("worker") is not None:
-        keep &= table["worker"].to_numpy() == narrow["worker"]
+    if where.get("mode") is not None:
+        keep &= pc.equal(table["mode"], str(where["mode"]).upper()).to_numpy()
+    if where.get("worker") is not None:
+        keep &= table["worker"].to_numpy() == where["worker"]
     table = table.filter(pa.array(keep))
-    table = _with_digits(run, table, kinds, narrow)
+    table = _with_digits(run, table, kinds, where)
     wall = table["wall_time_us"].cast(_WALL_TIME)
     columns = {c: table[c] for c in _KEYS}
     columns |= {"wall_time": wall} | {c: table[c] for c in ("name", "value", "text")}
@@ -155,7 +151,7 @@ def _of_attempt(tensors: Sequence[Tensor]) -> pa.Table:
 
 
 def _with_digits(
-    run: Run, table: pa.Table, kinds: Mapping[str, set[str]], narrow: Mapping[str, object]
+    run: Run, table: pa.Table, kinds: Mapping[str, set[str]], where: Where
 ) -> pa.Table:
     """Put the digits of integers that float64 cannot hold into the column text."""
     wide = {name for name, found in kinds.items() if found & {"int64", "uint64"}}
@@ -171,7 +167,7 @@ def _with_digits(
         if key[0] in wide:
             groups.setdefault((key[0], key[1], key[2]), []).append(row)
     for (of, in_mode, by), some in groups.items():
-        tensor = run[of].select(mode=in_mode, worker=by, attempt=narrow.get("attempt"))  # type: ignore[arg-type]  # as export has it
+        tensor = run[of].select(mode=in_mode, worker=by, attempt=where.get("attempt"))
         for row in some:
             exact = tensor.read(step=int(step[row])).reshape(())
             if exact.dtype.kind in "iu":

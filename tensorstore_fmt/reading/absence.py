@@ -35,9 +35,7 @@ def describe_query(query: Query) -> str:
     return ", ".join(said)
 
 
-def absence(
-    view: View, query: Query, line: Timeline, step: int
-) -> NotThereError | FormatError:
+def absence(view: View, query: Query, line: Timeline, step: int) -> NotThereError | FormatError:
     """Give the error that says why a step is not there.
 
     In this order: it was dropped; the part of the index that may have had it is damaged; it
@@ -68,9 +66,7 @@ def absence(
         else {query.mode}
     )
     if query.kind == layout.KIND_DATA and _has_only_statistics(view, query):
-        return StepNotFoundError(
-            f"{what}: only statistics were saved: use .stats()", **facts
-        )
+        return StepNotFoundError(f"{what}: only statistics were saved: use .stats()", **facts)
     if view.will_never_come(step, modes, worker=query.worker, attempt=query.attempt):
         return StepNotFoundError(f"{what}: step {step} was never saved{_near(line, step)}", **facts)
     return StepNotYetWrittenError(
@@ -87,9 +83,13 @@ def _may_concern(problem: FormatError, query: Query) -> bool:
 
 def _has_only_statistics(view: View, query: Query) -> bool:
     return not any(
-        True for s in view.sources(query.name, layout.KIND_DATA) if query.mode in (None, s.series.mode)
+        True
+        for s in view.sources(query.name, layout.KIND_DATA)
+        if query.mode in (None, s.series.mode)
     ) and any(
-        True for s in view.sources(query.name, layout.KIND_STATS) if query.mode in (None, s.series.mode)
+        True
+        for s in view.sources(query.name, layout.KIND_STATS)
+        if query.mode in (None, s.series.mode)
     )
 
 

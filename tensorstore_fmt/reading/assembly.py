@@ -368,9 +368,7 @@ def _overlap(boxes: _I64) -> bool:
 # --- entries of chunks ----------------------------------------------------------------------
 
 
-def _inner(
-    found: Found, layout_: _Layout, touched: Touched, steps: _I64, entry: _I64
-) -> _I64:
+def _inner(found: Found, layout_: _Layout, touched: Touched, steps: _I64, entry: _I64) -> _I64:
     """Give which step of its payload each one is, and check the payloads' raw lengths."""
     rows = found.entries.rows[entry]
     is_repeat = (rows["flags"] & layout.ENTRY_REPEAT).astype(np.bool_)

@@ -107,9 +107,7 @@ def run_html(run: Run) -> str:
     return _html_table(run_text(run), ["name", "dtype", "shape", "steps", "size"], rows)
 
 
-def _html_table(
-    caption: str, heading: Sequence[str], rows: Sequence[Sequence[str]]
-) -> str:
+def _html_table(caption: str, heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     def line(cells: Sequence[str], tag: str) -> str:
         inner = "".join(
             f'<{tag} style="text-align:left">{html.escape(cell)}</{tag}>' for cell in cells

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +14,7 @@ from tensorstore_fmt.errors import FormatError, MissingFileError
 from tensorstore_fmt.format import layout
 from tensorstore_fmt.format.page import ENTRY_ROW, Entries
 from tensorstore_fmt.format.ragged import Ragged
-from tensorstore_fmt.reading.locks import ForkSafeLock
+from tensorstore_fmt.reading.cache import Cache
 from tensorstore_fmt.reading.plan import merge_ranges
 from tensorstore_fmt.reading.view import Segment, Source, View
 from tensorstore_fmt.storage import Range, Storage
@@ -27,6 +26,9 @@ _MAX_REQUEST_NBYTES: Final = 8 * 1024 * 1024
 _ROW_NBYTES: Final = 160  # of a decoded entry without its lists and inline bytes
 
 _I64 = NDArray[np.int64]
+
+PageKey: TypeAlias = tuple[layout.SegmentName, int]
+"""A page: its segment, and its row in the root."""
 
 
 class LostSegmentsError(Exception):
@@ -89,14 +91,9 @@ class Pages:
 
     def __init__(self, storage: Storage, *, max_nbytes: int = _MAX_CACHED_NBYTES) -> None:
         self._storage = storage
-        self._max_nbytes = max_nbytes
-        self._lock = ForkSafeLock()
-        self._pages: OrderedDict[tuple[layout.SegmentName, int], Page] = OrderedDict()
-        self._nbytes = 0
+        self._cache: Cache[PageKey, Page] = Cache(max_nbytes)
 
-    def get(
-        self, needed: Sequence[tuple[Segment, int]]
-    ) -> dict[tuple[layout.SegmentName, int], Page]:
+    def get(self, needed: Sequence[tuple[Segment, int]]) -> dict[PageKey, Page]:
         """Give pages by segment and root row, fetching what is not here in one round.
 
         Raises
@@ -104,35 +101,28 @@ class Pages:
         LostSegmentsError
             A segment is not there any more, or a page is damaged.
         """
-        pages: dict[tuple[layout.SegmentName, int], Page] = {}
-        missing: list[tuple[Segment, int]] = []
-        with self._lock:
-            for segment, number in needed:
-                key = (segment.name, number)
-                page = self._pages.get(key)
-                if page is None:
-                    missing.append((segment, number))
-                else:
-                    self._pages.move_to_end(key)
-                    pages[key] = page
+        pages: dict[PageKey, Page] = {}
+        missing: dict[PageKey, Segment] = {}
+        for segment, number in needed:
+            key = (segment.name, number)
+            page = self._cache.get(key)
+            if page is None:
+                missing[key] = segment
+            else:
+                pages[key] = page
         if missing:
             pages |= self._load(missing)
         return pages
 
     def forget(self) -> None:
         """Forget all pages."""
-        with self._lock:
-            self._pages.clear()
-            self._nbytes = 0
+        self._cache.clear()
 
-    def _load(
-        self, missing: Sequence[tuple[Segment, int]]
-    ) -> dict[tuple[layout.SegmentName, int], Page]:
-        unique = {(segment.name, number): segment for segment, number in missing}
-        stored = self._stored(unique)
+    def _load(self, missing: dict[PageKey, Segment]) -> dict[PageKey, Page]:
+        stored = self._stored(missing)
         lost: dict[layout.SegmentName, FormatError] = {}
-        pages: dict[tuple[layout.SegmentName, int], Page] = {}
-        for (name, number), segment in unique.items():
+        pages: dict[PageKey, Page] = {}
+        for (name, number), segment in missing.items():
             data = stored[name, number]
             try:
                 if isinstance(data, Exception):
@@ -148,24 +138,16 @@ class Pages:
                 lost[name] = error
         if lost:
             raise LostSegmentsError(lost)
-        with self._lock:
-            for key, page in pages.items():
-                if key not in self._pages:
-                    self._pages[key] = page
-                    self._nbytes += page.nbytes
-            while self._nbytes > self._max_nbytes and len(self._pages) > 1:
-                _, page = self._pages.popitem(last=False)
-                self._nbytes -= page.nbytes
+        for key, page in pages.items():
+            self._cache.put(key, page, page.nbytes)
         return pages
 
-    def _stored(
-        self, unique: dict[tuple[layout.SegmentName, int], Segment]
-    ) -> dict[tuple[layout.SegmentName, int], memoryview | Exception]:
+    def _stored(self, missing: dict[PageKey, Segment]) -> dict[PageKey, memoryview | Exception]:
         """Get stored pages from what is kept of their segments, else from the storage."""
-        stored: dict[tuple[layout.SegmentName, int], memoryview | Exception] = {}
+        stored: dict[PageKey, memoryview | Exception] = {}
         files: dict[layout.SegmentName, int] = {}
-        wanted: list[tuple[tuple[layout.SegmentName, int], int, int, int]] = []
-        for key, segment in unique.items():
+        wanted: list[tuple[PageKey, int, int, int]] = []
+        for key, segment in missing.items():
             row = segment.head.root[key[1]]
             offset, nbytes = int(row["offset"]), int(row["nbytes"])
             if offset + nbytes <= len(segment.kept):
@@ -282,15 +264,13 @@ def find(view: View, pages: Pages, queries: Sequence[Query]) -> list[Found]:
                     needed += [(source.segment, number) for number in numbers]
         asked.append(parts)
     have = pages.get(needed)
-    return [
-        _collect(query, parts, have) for query, parts in zip(queries, asked, strict=True)
-    ]
+    return [_collect(query, parts, have) for query, parts in zip(queries, asked, strict=True)]
 
 
 def _collect(
     query: Query,
     parts: Sequence[tuple[Source, list[int]]],
-    have: dict[tuple[layout.SegmentName, int], Page],
+    have: dict[PageKey, Page],
 ) -> Found:
     sources: list[Source] = []
     begins = [0]

@@ -128,17 +128,13 @@ def read_all(storage: Storage, assemblies: Sequence[Assembly]) -> list[_Array]:
                 fills.append(_Fill(assembly, rest, _units(assembly, rest, files), part))
     if fills:
         _Reader(storage, [name.path for name in files], fills).run()
-    return [
-        _finish(assembly, result) for assembly, result in zip(assemblies, results, strict=True)
-    ]
+    return [_finish(assembly, result) for assembly, result in zip(assemblies, results, strict=True)]
 
 
 def _room(assembly: Assembly) -> tuple[_Array, _Array]:
     """Give the array for a result with all axes, and a view of it in ascending order."""
     n = len(assembly.chosen.steps)
-    result = np.empty(
-        (n, *assembly.selection.counts), dtypes.numpy_dtype(assembly.dtype)
-    )
+    result = np.empty((n, *assembly.selection.counts), dtypes.numpy_dtype(assembly.dtype))
     if not assembly.selection.is_flipped:
         return result, result
     flips = [slice(None, None, -1 if a.is_flipped else 1) for a in assembly.selection.axes]
@@ -221,9 +217,7 @@ def _units(assembly: Assembly, group: Group, files: dict[layout.ShardName, int])
     )
 
 
-def _files_of(
-    found: Found, entry: _I64, rows: _Array, files: dict[layout.ShardName, int]
-) -> _I64:
+def _files_of(found: Found, entry: _I64, rows: _Array, files: dict[layout.ShardName, int]) -> _I64:
     """Number the shards of payloads, and make sure that these lie inside of them."""
     shard = rows["shard"].astype(np.int64)
     file = np.full(len(shard), -1, np.int64)
@@ -262,9 +256,7 @@ class _Reader:
         self._storage = storage
         self._paths = paths
         self._fills = fills
-        self._fill_of = np.repeat(
-            np.arange(len(fills)), [len(fill.units.entry) for fill in fills]
-        )
+        self._fill_of = np.repeat(np.arange(len(fills)), [len(fill.units.entry) for fill in fills])
         self._unit_of = np.concatenate([np.arange(len(f.units.entry)) for f in fills])
         file = np.concatenate([f.units.file for f in fills])
         offset = np.concatenate([f.units.offset for f in fills])
@@ -345,13 +337,13 @@ class _Reader:
             for number, result in zip(numbers, results, strict=True)
         }
 
-    def _explain(
-        self, error: Exception, request: Range, batch: _Batch, number: int
-    ) -> Exception:
+    def _explain(self, error: Exception, request: Range, batch: _Batch, number: int) -> Exception:
         """Say what was being read when a request failed."""
         payload = int(batch.payloads[self._request[batch.payloads] == number][0])
         fill = self._fills[int(self._fill_of[payload])]
-        step = int(fill.assembly.found.entries.rows["step"][fill.units.entry[self._unit_of[payload]]])
+        step = int(
+            fill.assembly.found.entries.rows["step"][fill.units.entry[self._unit_of[payload]]]
+        )
         facts = {"name": fill.name, "step": step, "file": request.path, "offset": request.start}
         if isinstance(error, FileNotFoundError):
             return MissingFileError(

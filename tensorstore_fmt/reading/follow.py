@@ -111,9 +111,7 @@ class _Progress:
         for mode in self._modes:
             through = min(view.complete_through(mode), layout.MAX_STEP)
             if through > self._done[mode]:
-                new.update(
-                    logged_steps(session, mode, self._done[mode] + 1, through).tolist()
-                )
+                new.update(logged_steps(session, mode, self._done[mode] + 1, through).tolist())
                 self._done[mode] = through
         new -= self._given
         if len(self._done) > 1:

@@ -160,4 +160,3 @@ def _decode_others(
         return room, starts
     starts[at] = begins + len(values)
     return np.concatenate([values, room]), starts
-

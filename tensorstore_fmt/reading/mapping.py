@@ -13,10 +13,9 @@ from tensorstore_fmt import dtypes
 from tensorstore_fmt.errors import ArgumentError, ChecksumError
 from tensorstore_fmt.format import layout
 from tensorstore_fmt.reading.assembly import assemble, choose
-from tensorstore_fmt.reading.entries import find
 from tensorstore_fmt.reading.reader import Ask, check_name
 from tensorstore_fmt.reading.session import Session
-from tensorstore_fmt.reading.timeline import timeline
+from tensorstore_fmt.reading.timeline import timelines
 from tensorstore_fmt.reading.view import View
 
 __all__ = ["map_view"]
@@ -41,8 +40,9 @@ def map_view(session: Session, ask: Ask) -> NDArray[Any]:
         check_name(view, name)
         if not session.storage.is_local or sys.byteorder == "big":
             raise refuse("the run is not local, or this machine is big-endian")
-        (found,) = find(view, session.pages, [ask.query])
-        assembly = assemble(choose(view, timeline(view, found), ask.wanted), ())
+        (line,) = timelines(view, session.pages, [ask.query])
+        assembly = assemble(choose(view, line, ask.wanted), ())
+        found = assembly.found
         if assembly.dtype == dtypes.STRING:
             raise refuse("strings have no NumPy form on disk")
         if len(assembly.groups) != 1 or len(assembly.groups[0].touched) != 1:
@@ -54,7 +54,9 @@ def map_view(session: Session, ask: Ask) -> NDArray[Any]:
             raise refuse(f"its codec is {coding}, not raw (write it with compression='none')")
         if row["shard"] == layout.INLINE_SHARD:
             raise refuse("it is small and lies in the index")
-        shard, shard_nbytes = found.source_of(int(group.entry[0, 0])).segment.head.shards[int(row["shard"])]
+        shard, shard_nbytes = found.source_of(int(group.entry[0, 0])).segment.head.shards[
+            int(row["shard"])
+        ]
         begin, nbytes = int(row["offset"]), int(row["nbytes"])
         if begin + nbytes > shard_nbytes or nbytes != row["raw_nbytes"]:
             raise refuse("the index contradicts itself")

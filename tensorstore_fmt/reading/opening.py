@@ -125,9 +125,7 @@ def _cut(found: View, view: View, cuts: Mapping[layout.WriterKey, Cut]) -> View:
             continue
         segments.append(each.with_cut(cut) if each.name.last > cut.flush else each)
     headers = {key: writer.header for key, writer in view.writers.items()}
-    return View(
-        found.info, segments, damage=found.damage, listed=view.listed, headers=headers
-    )
+    return View(found.info, segments, damage=found.damage, listed=view.listed, headers=headers)
 
 
 # --- snapshots ------------------------------------------------------------------
@@ -183,7 +181,9 @@ def restore(storage: Storage, kept: Sequence[WriterSnapshot]) -> View:
     """
     found = open_view(storage)
     names = {
-        layout.SegmentName(key=w.key, last=last, count=count) for w in kept for last, count in w.names
+        layout.SegmentName(key=w.key, last=last, count=count)
+        for w in kept
+        for last, count in w.names
     }
     if {s.name for s in found.segments} == names:
         return found
@@ -204,9 +204,7 @@ def restore(storage: Storage, kept: Sequence[WriterSnapshot]) -> View:
         if cut is None or each.name.first > cut.flush:
             continue
         segments.append(each.with_cut(cut) if each.name.last > cut.flush else each)
-    return View(
-        found.info, segments, damage=found.damage, listed=frozenset(names), headers=headers
-    )
+    return View(found.info, segments, damage=found.damage, listed=frozenset(names), headers=headers)
 
 
 # --- which segments ----------------------------------------------------------------

@@ -50,9 +50,7 @@ class Touched:
         return len(self.numbers)
 
 
-def touched_chunks(
-    selection: Selection, shape: tuple[int, ...], grid: tuple[int, ...]
-) -> Touched:
+def touched_chunks(selection: Selection, shape: tuple[int, ...], grid: tuple[int, ...]) -> Touched:
     """Find the chunks that a selection touches (spec, "Grid").
 
     Parameters
@@ -65,9 +63,7 @@ def touched_chunks(
     if 0 in selection.counts:
         none = np.empty(0, np.int64)
         return Touched(none, none, (), (), (), ())
-    axes = [
-        _along(axis, n, g or n) for axis, n, g in zip(selection.axes, shape, grid, strict=True)
-    ]
+    axes = [_along(axis, n, g or n) for axis, n, g in zip(selection.axes, shape, grid, strict=True)]
     numbers = np.zeros(1, np.int64)
     sizes = np.ones(1, np.int64)
     for axis, n, g in zip(axes, shape, grid, strict=True):
@@ -195,14 +191,10 @@ def merge_ranges(
     begins = np.flatnonzero(np.concatenate([[True], ~joins]))
     request = np.empty(n, np.int64)
     request[order] = np.cumsum(np.concatenate([[0], ~joins]))
-    return Merged(
-        files[begins], starts[begins], np.maximum.reduceat(stops, begins), request
-    )
+    return Merged(files[begins], starts[begins], np.maximum.reduceat(stops, begins), request)
 
 
-def _cut_long(
-    joins: NDArray[np.bool_], starts: _I64, stops: _I64, most: int
-) -> NDArray[np.bool_]:
+def _cut_long(joins: NDArray[np.bool_], starts: _I64, stops: _I64, most: int) -> NDArray[np.bool_]:
     """Undo joins so that no request is much longer than `most`."""
     begins = np.flatnonzero(np.concatenate([[True], ~joins]))
     group = np.cumsum(np.concatenate([[0], ~joins]))
@@ -210,4 +202,3 @@ def _cut_long(
         return joins
     piece = (stops - starts[begins][group] - 1) // most
     return joins & (piece[1:] <= piece[:-1])
-

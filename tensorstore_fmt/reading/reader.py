@@ -15,12 +15,12 @@ from tensorstore_fmt.errors import NameNotFoundError, StepNotFoundError
 from tensorstore_fmt.format import layout
 from tensorstore_fmt.reading.absence import absence, describe_query
 from tensorstore_fmt.reading.assembly import Assembly, assemble, choose
-from tensorstore_fmt.reading.entries import Found, Query, find
+from tensorstore_fmt.reading.entries import Query
 from tensorstore_fmt.reading.fetch import read_all
 from tensorstore_fmt.reading.selection import normalize
 from tensorstore_fmt.reading.session import Session
 from tensorstore_fmt.reading.steps import StepSet
-from tensorstore_fmt.reading.timeline import Timeline, timeline
+from tensorstore_fmt.reading.timeline import Timeline, timelines
 from tensorstore_fmt.reading.view import View
 
 __all__ = ["Ask", "check_name", "read", "visible"]
@@ -59,8 +59,8 @@ def visible(session: Session, query: Query) -> Timeline:
 
     def work(view: View) -> Timeline:
         check_name(view, query.name) if query.name else None
-        (found,) = find(view, session.pages, [query])
-        return timeline(view, found)
+        (line,) = timelines(view, session.pages, [query])
+        return line
 
     return session.do(work)
 
@@ -78,9 +78,9 @@ def read(session: Session, asks: Sequence[Ask]) -> list[Any]:
     def work(view: View) -> list[Any]:
         for ask in asks:
             check_name(view, ask.query.name)
-        founds = find(view, session.pages, [ask.query for ask in asks])
+        lines = timelines(view, session.pages, [ask.query for ask in asks])
         assemblies = [
-            _assembly(view, session, ask, found) for ask, found in zip(asks, founds, strict=True)
+            _assembly(view, session, ask, line) for ask, line in zip(asks, lines, strict=True)
         ]
         arrays = iter(read_all(session.storage, [a for a in assemblies if isinstance(a, Assembly)]))
         return [
@@ -91,10 +91,7 @@ def read(session: Session, asks: Sequence[Ask]) -> list[Any]:
     return session.do(work)
 
 
-def _assembly(
-    view: View, session: Session, ask: Ask, found: Found
-) -> Assembly | NDArray[Any]:
-    line = timeline(view, found)
+def _assembly(view: View, session: Session, ask: Ask, line: Timeline) -> Assembly | NDArray[Any]:
     try:
         chosen = choose(view, line, ask.wanted)
     except StepNotFoundError:
@@ -119,8 +116,7 @@ def _with_neighbours(view: View, session: Session, ask: Ask) -> Exception:
         worker=ask.query.worker,
         attempt=ask.query.attempt,
     )
-    (found,) = find(view, session.pages, [query])
-    line = timeline(view, found)
+    (line,) = timelines(view, session.pages, [query])
     have = line.saved().step
     missing = ask.wanted.exact[~np.isin(ask.wanted.exact, have)]
     return absence(view, query, line, int(missing[0]) if len(missing) else step)

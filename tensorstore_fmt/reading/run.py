@@ -277,9 +277,7 @@ class Run:
         timeout_s
             Raise `TimeoutError` if nothing came for so long.
         """
-        return follow.follow(
-            self._session, mode_number(mode), poll_s=poll_s, timeout_s=timeout_s
-        )
+        return follow.follow(self._session, mode_number(mode), poll_s=poll_s, timeout_s=timeout_s)
 
     def state(
         self,

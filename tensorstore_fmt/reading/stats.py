@@ -13,12 +13,12 @@ from tensorstore_fmt.errors import FormatError, StepNotFoundError
 from tensorstore_fmt.format import layout, statistics
 from tensorstore_fmt.reading.absence import absence, describe_query
 from tensorstore_fmt.reading.assembly import Chosen, assemble, choose
-from tensorstore_fmt.reading.entries import Query, find
+from tensorstore_fmt.reading.entries import Query
 from tensorstore_fmt.reading.fetch import read_all
 from tensorstore_fmt.reading.reader import check_name
 from tensorstore_fmt.reading.session import Session
 from tensorstore_fmt.reading.steps import StepSet
-from tensorstore_fmt.reading.timeline import Timeline, timeline
+from tensorstore_fmt.reading.timeline import Timeline, timelines
 from tensorstore_fmt.reading.view import View
 
 __all__ = ["Stats", "read_stats", "stat_rows"]
@@ -113,10 +113,7 @@ def read_stats(session: Session, query: Query, wanted: StepSet) -> Stats:
             )
             for kind in (layout.KIND_DATA, layout.KIND_STATS)
         )  # fmt: skip
-        data, stats = (
-            timeline(view, found).saved()
-            for found in find(view, session.pages, [of_data, of_stats])
-        )
+        data, stats = (line.saved() for line in timelines(view, session.pages, [of_data, of_stats]))
         every = StepSet(wanted.low, wanted.high, wanted.stride)
         step, rows = _of_series(view, session, stats, every)
         more_step, more_rows = _of_values(view, session, data, every, step)
@@ -166,9 +163,7 @@ def stat_rows(session: Session, line: Timeline, rows: _I64) -> _F64:
     return values
 
 
-def _of_series(
-    view: View, session: Session, line: Timeline, every: StepSet
-) -> tuple[_I64, _F64]:
+def _of_series(view: View, session: Session, line: Timeline, every: StepSet) -> tuple[_I64, _F64]:
     """Take them from statistics series; those of parts are added up."""
     chosen = choose(view, line, every)
     if not len(chosen.rows):
@@ -195,7 +190,9 @@ def _of_values(
         [
             statistics.supports(s.series.dtype)
             and not s.series.global_shape
-            and all(g == 0 or g >= n >= 0 for g, n in zip(s.series.grid, s.series.shape, strict=True))
+            and all(
+                g == 0 or g >= n >= 0 for g, n in zip(s.series.grid, s.series.shape, strict=True)
+            )
             for s in line.found.sources
         ],
         np.bool_,
@@ -231,4 +228,3 @@ def _same_shape(line: Timeline, rows: _I64) -> list[_I64]:
     _, inverse = np.unique(dims, axis=0, return_inverse=True)
     inverse = inverse.reshape(-1)
     return [rows[inverse == i] for i in range(int(inverse.max(initial=-1)) + 1)]
-

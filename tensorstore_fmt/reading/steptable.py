@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from tensorstore_fmt.errors import FormatError
 from tensorstore_fmt.format import layout
 from tensorstore_fmt.reading.assembly import Chosen, assemble
-from tensorstore_fmt.reading.entries import Query, find
+from tensorstore_fmt.reading.entries import Query
 from tensorstore_fmt.reading.fetch import read_all
 from tensorstore_fmt.reading.session import Session
-from tensorstore_fmt.reading.timeline import Timeline, timeline
+from tensorstore_fmt.reading.timeline import Timeline, timelines
 from tensorstore_fmt.reading.view import View
 
 __all__ = ["StepRows", "complete_steps", "is_complete", "logged_steps", "step_rows"]
@@ -36,8 +36,8 @@ def _line(
     view: View, session: Session, mode: int | None, low: int = 0, high: int = layout.MAX_STEP
 ) -> Timeline:
     query = Query(name="", kind=layout.KIND_STEPS, low=low, high=high, mode=mode)
-    (found,) = find(view, session.pages, [query])
-    return timeline(view, found).saved()
+    (line,) = timelines(view, session.pages, [query])
+    return line.saved()
 
 
 def logged_steps(
@@ -86,9 +86,7 @@ def is_complete(session: Session, step: int, mode: int | None) -> bool:
             return view.complete_through(mode) >= step
         line = _line(view, session, None, step, step)
         logged = {line.found.sources[i].series.mode for i in line.source.tolist()}
-        return all(
-            view.complete_through(m) >= step for m in logged or view.used_modes or (0,)
-        )
+        return all(view.complete_through(m) >= step for m in logged or view.used_modes or (0,))
 
     return session.do(work)
 

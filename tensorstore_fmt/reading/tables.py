@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from tensorstore_fmt import dtypes
 from tensorstore_fmt.format import layout
 from tensorstore_fmt.reading.assembly import Assembly, Chosen, assemble
-from tensorstore_fmt.reading.entries import Query, find
+from tensorstore_fmt.reading.entries import Query
 from tensorstore_fmt.reading.fetch import read_all
 from tensorstore_fmt.reading.modes import MODE_NAMES
 from tensorstore_fmt.reading.reader import check_name
 from tensorstore_fmt.reading.session import Session
 from tensorstore_fmt.reading.stats import derived, stat_rows
 from tensorstore_fmt.reading.steptable import step_rows
-from tensorstore_fmt.reading.timeline import Timeline, timeline
+from tensorstore_fmt.reading.timeline import Timeline, timelines
 from tensorstore_fmt.reading.view import Source, View
 
 __all__ = ["index_table", "scalars_table", "statistics_table"]
@@ -118,8 +118,9 @@ def _is_scalar(source: Source) -> bool:
 def scalars_table(session: Session, names: Sequence[str] | None) -> pa.Table:
     """Give all values that have one element a step.
 
-    Columns step, mode, worker, wall_time_us (null if unknown), name, value (float64; null
-    for strings), text (null for numbers); ascending by name, then step. Integers above 2**53 are rounded.
+    Columns step, mode, worker, wall_time_us (null if unknown), name, value (float64; null for
+    strings), text (null for numbers); ascending by name, then step, then mode and worker.
+    Integers above 2**53 are rounded.
     """
 
     def work(view: View) -> pa.Table:
@@ -128,27 +129,36 @@ def scalars_table(session: Session, names: Sequence[str] | None) -> pa.Table:
             for name in _names(view, names)
             if any(_is_scalar(s) for s in view.sources(name, layout.KIND_DATA))
         ]
-        founds = find(view, session.pages, [Query(name=name) for name in wanted])
+        lines = timelines(view, session.pages, [Query(name=name) for name in wanted])
         parts: list[tuple[str, Timeline, _I64, Assembly]] = []
-        for name, found in zip(wanted, founds, strict=True):
-            line = timeline(view, found).saved()
-            for number, source in enumerate(found.sources):
-                if not _is_scalar(source):
-                    continue
+        for name, every in zip(wanted, lines, strict=True):
+            line = every.saved()
+            sources = line.found.sources
+            # By mode and worker; a stable sort by step follows.
+            for number in sorted(
+                range(len(sources)), key=lambda i, of=sources: (of[i].series.mode, of[i].worker)
+            ):
                 rows = np.flatnonzero(line.source == number)
-                if len(rows):
+                if len(rows) and _is_scalar(sources[number]):
                     chosen = Chosen(
                         line, line.step[rows], rows, np.arange(len(rows)), is_parts=False
                     )
                     parts.append((name, line, rows, assemble(chosen, ())))
         arrays = read_all(session.storage, [part[-1] for part in parts])
-        batches = [
-            _scalar_columns(name, line, rows, array)
-            for (name, line, rows, _), array in zip(parts, arrays, strict=True)
-        ]
-        return _joined(session, batches)
+        by_name: dict[str, list[pa.Table]] = {}
+        for (name, line, rows, _), array in zip(parts, arrays, strict=True):
+            by_name.setdefault(name, []).append(_scalar_columns(name, line, rows, array))
+        return _joined(session, [_by_step(tables) for tables in by_name.values()])
 
     return session.do(work)
+
+
+def _by_step(tables: Sequence[pa.Table]) -> pa.Table:
+    table = pa.concat_tables(tables)
+    step = table.column("step").to_numpy()
+    if (step[1:] >= step[:-1]).all():
+        return table
+    return table.take(pa.array(np.argsort(step, kind="stable")))
 
 
 def _scalar_columns(name: str, line: Timeline, rows: _I64, array: NDArray[Any]) -> pa.Table:
@@ -178,9 +188,7 @@ def _joined(session: Session, batches: Sequence[pa.Table]) -> pa.Table:
     if not batches:
         return _SCALARS_SCHEMA.empty_table()
     table = pa.concat_tables(batches)
-    step, mode, worker = (
-        table.column(c).to_numpy() for c in ("step", "mode_number", "worker")
-    )
+    step, mode, worker = (table.column(c).to_numpy() for c in ("step", "mode_number", "worker"))
     known = step_rows(session, None)
     wall = np.zeros(len(step), np.int64)
     is_known = np.zeros(len(step), np.bool_)
@@ -209,12 +217,12 @@ def statistics_table(session: Session, names: Sequence[str] | None) -> pa.Table:
         wanted = [n for n in _names(view, names) if view.sources(n, layout.KIND_STATS)]
         queries = [Query(name=name, kind=layout.KIND_STATS) for name in wanted]
         tables.clear()
-        for name, found in zip(wanted, find(view, session.pages, queries), strict=True):
-            line = timeline(view, found).saved()
+        for name, every in zip(wanted, timelines(view, session.pages, queries), strict=True):
+            line = every.saved()
             if not len(line):
                 continue
             rows = stat_rows(session, line, np.arange(len(line)))
-            sources = found.sources
+            sources = line.found.sources
             modes = np.array([s.series.mode for s in sources], np.int64)[line.source]
             workers = np.array([s.worker for s in sources], np.int64)[line.source]
             columns: dict[str, Any] = {

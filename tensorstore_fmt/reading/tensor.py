@@ -13,7 +13,7 @@ from tensorstore_fmt.errors import ArgumentError
 from tensorstore_fmt.format import layout
 from tensorstore_fmt.reading import display
 from tensorstore_fmt.reading.assembly import choose, full_shape
-from tensorstore_fmt.reading.entries import Query, find
+from tensorstore_fmt.reading.entries import Query
 from tensorstore_fmt.reading.mapping import map_view
 from tensorstore_fmt.reading.modes import MODE_NAMES, mode_number
 from tensorstore_fmt.reading.reader import Ask, check_name, read, visible
@@ -21,7 +21,7 @@ from tensorstore_fmt.reading.selection import Index
 from tensorstore_fmt.reading.session import Session
 from tensorstore_fmt.reading.stats import Stats, read_stats
 from tensorstore_fmt.reading.steps import StepSet, Steps, step_number, step_set
-from tensorstore_fmt.reading.timeline import timeline
+from tensorstore_fmt.reading.timeline import timelines
 from tensorstore_fmt.reading.view import Source, View
 
 __all__ = ["Tensor", "TensorAt"]
@@ -153,9 +153,9 @@ class Tensor:
 
         def work(view: View) -> tuple[int, ...]:
             check_name(view, self.name)
-            query = self._narrow(number, number)
-            (found,) = find(view, self._session.pages, [query])
-            chosen = choose(view, timeline(view, found), wanted)
+            (line,) = timelines(view, self._session.pages, [self._narrow(number, number)])
+            chosen = choose(view, line, wanted)
+            found = line.found
             row = int(chosen.rows[0])
             source = found.sources[int(chosen.line.source[row])]
             if chosen.is_parts:

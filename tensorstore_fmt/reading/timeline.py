@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -10,12 +11,13 @@ from numpy.typing import NDArray
 
 from tensorstore_fmt.errors import LimitError
 from tensorstore_fmt.format import layout
-from tensorstore_fmt.reading.entries import Found
+from tensorstore_fmt.reading.entries import Found, Pages, Query, find
 from tensorstore_fmt.reading.view import View
 
-__all__ = ["Timeline", "timeline"]
+__all__ = ["Timeline", "timelines"]
 
 _MAX_STEPS: Final = 2**28
+_ROW_NBYTES: Final = 128  # of an entry, about
 
 _I64 = NDArray[np.int64]
 
@@ -58,14 +60,27 @@ class Timeline:
         return self.take(~dropped) if dropped.any() else self
 
 
-def timeline(view: View, found: Found) -> Timeline:
-    """Resolve which entries win (spec, "What is visible", rules 2 to 4).
+def timelines(view: View, pages: Pages, queries: Sequence[Query]) -> list[Timeline]:
+    """Give what is visible of queries, fetching all pages they need in one round.
 
     Raises
     ------
+    LostSegmentsError
+        A segment is not there any more, or a page is damaged.
     LimitError
         The entries claim more steps than a reader lists.
     """
+    lines = {query: view.lines.get(query) for query in queries}
+    unknown = [query for query, line in lines.items() if line is None]
+    for query, found in zip(unknown, find(view, pages, unknown), strict=True):
+        line = _resolve(view, found)
+        view.lines.put(query, line, _ROW_NBYTES * len(found.entries) + 24 * len(line))
+        lines[query] = line
+    return [line for query in queries if (line := lines[query]) is not None]
+
+
+def _resolve(view: View, found: Found) -> Timeline:
+    """Resolve which entries win (spec, "What is visible", rules 2 to 4)."""
     query = found.query
     rows = found.entries.rows
     row = np.flatnonzero(rows["chunk"] == 0)
@@ -96,10 +111,7 @@ def timeline(view: View, found: Found) -> Timeline:
         return Timeline(found, step, row, source)
     groups: dict[object, int] = {}
     group = np.array(
-        [
-            groups.setdefault((s.series.mode, s.worker, s.part), len(groups))
-            for s in found.sources
-        ],
+        [groups.setdefault((s.series.mode, s.worker, s.part), len(groups)) for s in found.sources],
         np.int64,
     )
     rank = np.array([s.writer.rank for s in found.sources], np.int64)

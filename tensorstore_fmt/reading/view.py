@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, Final
 
 import numpy as np
 
@@ -13,10 +14,12 @@ from tensorstore_fmt.format import layout
 from tensorstore_fmt.format.catalog import Series
 from tensorstore_fmt.format.runfile import RunInfo
 from tensorstore_fmt.format.segment import Head, Header
+from tensorstore_fmt.reading.cache import Cache
 
 __all__ = ["Cut", "Segment", "Source", "View", "Writer", "step_key"]
 
-_ALL = layout.MAX_STEP + 1
+_ALL: Final = layout.MAX_STEP + 1
+_MAX_LINES_NBYTES: Final = 16 * 1024 * 1024
 
 
 def step_key(series: Series) -> tuple[object, ...]:
@@ -171,6 +174,7 @@ class View:
         self.damage = tuple(damage)
         self.listed = listed
         self._headers = dict(headers or {})
+        self.lines: Cache[Hashable, Any] = Cache(_MAX_LINES_NBYTES)  # by query: see `timelines`
         self._sources: dict[tuple[str, int], tuple[Source, ...]] = {}
 
     # --- writers, attempts ----------------------------------------------------
@@ -187,9 +191,7 @@ class View:
         for key, header in newest.items():
             if header.recovers and header.is_closed:
                 closed.add(
-                    layout.WriterKey(
-                        worker=key.worker, attempt=key.attempt, writer=header.recovers
-                    )
+                    layout.WriterKey(worker=key.worker, attempt=key.attempt, writer=header.recovers)
                 )
         ordered = sorted(newest, key=lambda k: (k.attempt, newest[k].opened_us, k.writer))
         return {

@@ -236,7 +236,8 @@ def walk(read: Read, nbytes: int) -> ArrowFrame:
             ):
                 raise FormatError(f"a message has the type {kind}")
         except FormatError as error:
-            return replace(frame, problem=error.message)
+            batches += _listed_batches(read, footer or (), at)
+            return replace(frame, batches=tuple(batches), problem=error.message)
         at = block.end
         if schema is None:
             schema = block
@@ -246,6 +247,21 @@ def walk(read: Read, nbytes: int) -> ArrowFrame:
     if footer is not None:
         problem = "the end-of-stream mark is missing"
     return replace(frame, problem=problem)
+
+
+def _listed_batches(read: Read, listed: tuple[Block, ...], behind: int) -> list[Block]:
+    """Give the record batches behind a damaged message that a footer still knows."""
+    batches = []
+    for block in listed:
+        if block.offset <= behind:
+            continue
+        try:
+            found = _read_message(read, block.offset, block.end)
+        except FormatError:
+            continue
+        if found is not None and found[0] == _RECORD_BATCH and found[1].place == block.place:
+            batches.append(found[1])
+    return batches
 
 
 # --- the footer -------------------------------------------------------------------------

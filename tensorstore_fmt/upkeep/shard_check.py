@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from tensorstore_fmt.format import layout
-from tensorstore_fmt.format.page import Series
+from tensorstore_fmt.format.catalog import Series
 from tensorstore_fmt.format.shard import SHARD_SCHEMA, ShardRow, row_crc
 from tensorstore_fmt.upkeep import arrow_file
 
@@ -113,7 +113,7 @@ class _Checker:
         schema = pa.ipc.read_schema(pa.py_buffer(data))
         blocks = tuple((a, b, c) for a, b, c in request["blocks"])
         empty = pa.RecordBatch.from_arrays(
-            [pa.array([], field.type) for field in schema], schema=schema
+            [pa.nulls(0, field.type) for field in schema], schema=schema
         )
         sink = io.BytesIO()
         with pa.ipc.new_file(sink, schema) as writer:

@@ -10,11 +10,11 @@ import numpy as np
 
 from tensorstore_fmt import dtypes
 from tensorstore_fmt.format import codec, layout
-from tensorstore_fmt.format.strings import pack_strings
 from tensorstore_fmt.format.catalog import CatalogTable, Series
 from tensorstore_fmt.format.join import is_alone, join_entries
 from tensorstore_fmt.format.page import ENTRY_ROW, Entries
 from tensorstore_fmt.format.ragged import Ragged
+from tensorstore_fmt.format.strings import pack_strings
 from tensorstore_fmt.writing.pending import (
     Generation,
     InlineStage,

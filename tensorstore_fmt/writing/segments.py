@@ -56,6 +56,7 @@ class SegmentLog:
         self._options = options
         self._failures = failures
         self._lock = threading.Lock()
+        self._deleting = threading.Lock()  # held while files are synced, or deleted
         self._segments: list[OwnSegment] = []  # maximal ones, in the order of flushes
         self._unsynced: list[str] = []
         self._covered: list[tuple[float, list[str]]] = []
@@ -94,19 +95,17 @@ class SegmentLog:
 
     def sync(self) -> None:
         """Make all that was published survive power loss."""
-        with self._lock:
-            paths, self._unsynced = self._unsynced, []
-        try:
-            self._storage.sync(p for p in paths if self._is_live(p))
-        except OSError:
+        with self._deleting:
             with self._lock:
-                self._unsynced = paths + self._unsynced
-            raise
-
-    def _is_live(self, path: str) -> bool:
-        # Those that were merged and deleted meanwhile are covered by one that was synced.
-        with self._lock:
-            return any(s.name.path == path for s in self._segments)
+                # Those that were merged meanwhile are covered by one that was synced.
+                live = {s.name.path for s in self._segments}
+                paths, self._unsynced = [p for p in self._unsynced if p in live], []
+            try:
+                self._storage.sync(paths)
+            except OSError:
+                with self._lock:
+                    self._unsynced = paths + self._unsynced
+                raise
 
     def stop(self) -> None:
         """Finish the merge under way and end the thread."""
@@ -211,7 +210,8 @@ class SegmentLog:
             self._covered = [(when, paths) for when, paths in self._covered if when > now]
         for paths in due:
             try:
-                self._storage.delete(paths)
+                with self._deleting:
+                    self._storage.delete(paths)
             except OSError as error:
                 self._failures.note(error)  # they are garbage, not damage
 

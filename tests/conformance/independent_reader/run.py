@@ -141,7 +141,7 @@ class Run:
         need(found, text, "dropped")
         need(len({x.series.mode for x in found}) == 1, text, "ambiguous")
         mode = found[0].series.mode
-        if all(x.series.part for x in found):
+        if asked.worker is None and all(x.series.part for x in found):
             lost = [x for x in every if x.dropped and x.series.mode == mode and x.series.part]
             need(not lost, text, "dropped")  # "A dropped part makes the step dropped"
         else:
@@ -163,7 +163,7 @@ class Run:
         Parts are put together; with `worker`, its part alone is given (rules 5 and 6).
         """
         found = self._wanted(Question(name, 0, step, mode, worker, attempt))
-        return self._assemble(found, index, is_alone=worker is not None and len(found) == 1)
+        return self._assemble(found, index, is_alone=worker is not None)
 
     def dtype(
         self,
@@ -263,7 +263,7 @@ class Run:
             if error.code not in ("never_saved", "not_yet_written"):
                 raise
             data = self._wanted(Question(name, 0, step, mode, worker, attempt))
-            values = self._assemble(data, (), is_alone=worker is not None and len(data) == 1)
+            values = self._assemble(data, (), is_alone=worker is not None)
             return compute_stats(values, data[0].series.dtype)
         return functools.reduce(merge_stats, [self._box(x, [range(10)]) for x in found])
 

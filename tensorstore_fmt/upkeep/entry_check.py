@@ -1,0 +1,405 @@
+"""What the spec says of entries beyond one page: flushes, shapes, chunks, payloads, order."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Final
+
+import crc32c
+import numpy as np
+import xxhash
+
+from tensorstore_fmt import dtypes
+from tensorstore_fmt.errors import FormatError, UnsupportedError
+from tensorstore_fmt.format import codec, grid, layout, strings
+from tensorstore_fmt.format.catalog import Series
+from tensorstore_fmt.format.page import Entries
+from tensorstore_fmt.upkeep.claims import Claims, names_of
+from tensorstore_fmt.upkeep.report import Problem
+from tensorstore_fmt.upkeep.segment_file import SegmentFile
+
+__all__ = ["EntryChecker", "check_payload", "check_segment"]
+
+_MOST_COMPARED: Final = 10_000_000
+_TOO_MANY: Final = 1 << 30  # elements of a chunk: no limit lets this be, nothing overflows
+
+Run = tuple[int, int, int]
+
+
+def check_payload(
+    payload: memoryview | bytes,
+    *,
+    number: int,
+    dtype: str,
+    raw_nbytes: int,
+    steps: int,
+    elements: int,
+    digest: int | None,
+) -> None:
+    """Decode a payload, whose checksum is right, and check what comes out.
+
+    Parameters
+    ----------
+    number
+        Of the codec.
+    steps
+        Steps in the payload.
+    elements
+        Number of strings, if it holds such.
+    digest
+        XXH3 of the raw chunk, if the entry has one.
+    """
+    raw = np.empty(raw_nbytes, np.uint8)
+    codec.decode(payload, raw, codec=number, dtype=dtype, rows=steps)
+    if digest is not None and xxhash.xxh3_64_intdigest(raw.data) != digest:
+        raise FormatError("the raw chunk does not have the digest that its entry says")
+    if dtype == dtypes.STRING:
+        strings.unpack_strings(raw, elements)
+
+
+class EntryChecker:
+    """Goes over the entry pages of one segment, in order.
+
+    Parameters
+    ----------
+    file
+        Its problems get what is found.
+    claims
+        Gets the chunks that lie in shards.
+    """
+
+    def __init__(self, file: SegmentFile, claims: Claims) -> None:
+        assert file.head is not None
+        self._file, self._head, self._claims = file, file.head, claims
+        n = len(self._head.catalog)
+        self._first = np.full(n, np.iinfo(np.int64).max, np.int64)
+        self._last = np.full(n, -1, np.int64)
+        self._shards = np.zeros(len(self._head.shards), np.bool_)
+        self._last_key: tuple[int, ...] = (-1, -1, -1, -1)
+        self._shapes: dict[tuple[int, int, tuple[int, ...]], tuple[int, int] | None] = {}
+        self._boxes = _Boxes(self)
+        self.entries = 0
+        self.inline_chunks = 0
+        self.logged: dict[int, list[Run]] = {}
+        claims.need(self._head.shards)
+
+    def report(
+        self, number: int, entries: Entries | None, mask: np.ndarray, what: str, code: str = "malformed"
+    ) -> None:
+        """Add a problem with some entries of a page."""
+        names = ()
+        if entries is not None:
+            part = entries.rows[mask]
+            catalog = self._head.catalog
+            names = names_of(
+                (catalog.names[r["series"]], int(r["step"]), int(r["stride"]), int(r["count"]))
+                for r in part
+            )
+        self.problem(what, code, names, int(self._head.root[number]["offset"]))
+
+    def problem(
+        self,
+        what: str,
+        code: str = "malformed",
+        names: tuple[tuple[str, tuple[int, ...]], ...] = (),
+        offset: int | None = None,
+    ) -> None:
+        """Add a problem."""
+        severity = "note" if code.startswith("unknown") else "damage"
+        self._file.problems.append(
+            Problem(
+                code=code,
+                severity=severity,  # type: ignore[arg-type] # one of the two
+                file=self._file.path,
+                offset=offset,
+                what=what,
+                names=names,
+            )
+        )
+
+    # --- one page -----------------------------------------------------------------------
+
+    def page(self, number: int, entries: Entries) -> None:
+        """Check one page."""
+        rows = entries.rows
+        self.entries += len(rows)
+        self._order(number, rows)
+        self._columns(number, entries)
+        series = rows["series"].astype(np.int64)
+        np.minimum.at(self._first, series, rows["step"])
+        np.maximum.at(self._last, series, entries.last_step)
+        is_stored = rows["shard"] != layout.INLINE_SHARD
+        self._shards[rows["shard"][is_stored]] = True
+        is_table = self._head.catalog.kind[series] == layout.KIND_STEPS
+        for row in rows[is_table & (rows["codec"] != layout.CODEC_DROPPED)]:
+            mode = int(self._head.catalog.mode[row["series"]])
+            run = (int(row["step"]), int(row["stride"]), int(row["count"]))
+            self.logged.setdefault(mode, []).append(run)
+        elements, is_good = self._sizes(number, entries)
+        self._inline(number, entries, elements, is_good)
+        self._claims.add(
+            self._head.catalog, self._head.shards, entries.take(is_good), elements[is_good]
+        )
+
+    def _order(self, number: int, rows: np.ndarray) -> None:
+        keys = ("series", "step", "chunk", "first_flush")
+        first, last = (tuple(int(rows[i][k]) for k in keys) for i in (0, -1))
+        is_ascending = first > self._last_key
+        for key in reversed(keys):
+            same = rows[key][1:] == rows[key][:-1]
+            if key == "first_flush":
+                tied = same
+            else:
+                tied = tied & same
+        if not is_ascending or tied.any():
+            self.report(number, None, np.empty(0, np.int64), "entries are not in strict order")
+        self._last_key = last
+
+    def _columns(self, number: int, entries: Entries) -> None:
+        rows, header = entries.rows, self._head.header
+        is_stored = rows["shard"] != layout.INLINE_SHARD
+        room = np.array([nbytes for _, nbytes in self._head.shards] or [0], np.int64)
+        ends = rows["offset"] + rows["nbytes"]
+        limit = room[np.where(is_stored, rows["shard"], 0)]
+        is_dropped = rows["codec"] == layout.CODEC_DROPPED
+        rest = (rows["crc32c"] != 0) | (rows["digest"] != 0) | (rows["flags"] != 0) | is_stored
+        dims = np.zeros(len(rows), np.int64)
+        if len(entries.dims.values):
+            owner = np.repeat(np.arange(len(rows)), entries.dims.lengths)
+            np.add.at(dims, owner, entries.dims.values != 0)
+        checks = (
+            (
+                (rows["first_flush"] < header.first_flush) | (rows["last_flush"] > header.last_flush),
+                "entries of flushes that the segment does not cover",
+            ),
+            (
+                (rows["count"] == 1) & (rows["first_flush"] != rows["last_flush"]),
+                "entries of one step in two flushes",
+            ),
+            (is_stored & (rows["offset"] % 8 != 0), "payloads at odd places of a shard"),
+            (is_stored & (ends > limit), "payloads behind the end of their shard"),
+            (is_dropped & (rest | (dims != 0)), "dropped entries that say something"),
+        )
+        for mask, what in checks:
+            if mask.any():
+                self.report(number, entries, mask, what)
+
+    # --- shapes ---------------------------------------------------------------------------
+
+    def _shape(self, series: int, chunk: int, dims: tuple[int, ...]) -> tuple[int, int] | None:
+        """Give the elements of a chunk's box and the number of chunks; None if there is none."""
+        key = (series, chunk, dims)
+        if key not in self._shapes:
+            if len(self._shapes) > 100_000:
+                self._shapes.clear()
+            row = self._head.catalog[series]
+            shape = row.full_shape(dims)
+            count = grid.n_chunks(shape, row.grid)
+            found = None
+            if chunk < count and _fits(row, shape):
+                box = grid.chunk_box(shape, row.grid, chunk)
+                found = math.prod(b - a for a, b in box), count
+            self._shapes[key] = found
+        return self._shapes[key]
+
+    def _sizes(self, number: int, entries: Entries) -> tuple[np.ndarray, np.ndarray]:
+        """Check chunk numbers and raw lengths; give the elements of each payload, and what is good."""
+        rows = entries.rows
+        has_dims = entries.dims.lengths > 0
+        per_step = np.zeros(len(rows), np.int64)
+        is_good = rows["codec"] != layout.CODEC_DROPPED
+        outside = np.zeros(len(rows), np.bool_)
+        itemsizes = self._itemsizes(np.unique(rows["series"]))
+        plain = zip(rows["series"].tolist(), rows["chunk"].tolist(), strict=True)
+        for i, (series, chunk) in enumerate(plain):
+            if not is_good[i]:
+                continue
+            dims = tuple(entries.dims[i].tolist()) if has_dims[i] else ()
+            found = self._shape(series, chunk, dims)
+            if found is None:
+                outside[i] = True
+                continue
+            per_step[i] = min(found[0], _TOO_MANY)
+            if found[1] > 1:
+                self._boxes.add(series, dims, found[1], rows[i])
+        steps = np.where(rows["flags"] & layout.ENTRY_REPEAT, 1, rows["count"]).astype(np.int64)
+        size = np.array([itemsizes[s] for s in rows["series"].tolist()], np.int64)
+        elements = per_step * steps
+        wrong = is_good & (size > 0) & (rows["raw_nbytes"] != elements * size)
+        wrong |= is_good & (size == 0) & (rows["raw_nbytes"] < 4 * (elements + (elements > 0)))
+        for mask, what in (
+            (outside, "chunks that the grid does not have"),
+            (wrong & ~outside, "raw lengths that the shape does not give"),
+        ):
+            if mask.any():
+                self.report(number, entries, mask, what)
+        is_known = size >= 0
+        return elements, is_good & ~outside & ~wrong & is_known
+
+    def _itemsizes(self, numbers: np.ndarray) -> dict[int, int]:
+        """Give the bytes of an element; 0 for strings, -1 for dtypes of newer versions."""
+        sizes = {}
+        for n in numbers.tolist():
+            try:
+                sizes[n] = dtypes.itemsize(self._head.catalog[n].dtype)
+            except UnsupportedError:
+                sizes[n] = -1
+        return sizes
+
+    # --- payloads in the page ---------------------------------------------------------------
+
+    def _inline(
+        self, number: int, entries: Entries, elements: np.ndarray, is_good: np.ndarray
+    ) -> None:
+        rows = entries.rows
+        where = np.flatnonzero((rows["shard"] == layout.INLINE_SHARD) & is_good)
+        offsets = entries.inline.offsets.tolist()
+        data = memoryview(entries.inline.values)
+        bad: dict[tuple[str, str], list[int]] = {}
+        for i in where.tolist():
+            row = rows[i]
+            payload = data[offsets[i] : offsets[i + 1]]
+            if crc32c.crc32c(payload) != row["crc32c"]:
+                bad.setdefault(("checksum", "inline payloads with a wrong checksum"), []).append(i)
+                continue
+            is_plain = row["codec"] == layout.CODEC_RAW and not row["flags"]
+            dtype = self._head.catalog[int(row["series"])].dtype
+            if is_plain and dtype != dtypes.STRING and row["nbytes"] == row["raw_nbytes"]:
+                continue
+            try:
+                check_payload(payload, **arguments(row, dtype, int(elements[i])))
+            except FormatError as error:
+                bad.setdefault((error.code, f"inline payload: {error.message}"), []).append(i)
+        self.inline_chunks += len(where)
+        for (code, what), found in bad.items():
+            self.report(number, entries, np.array(found), what, code)
+
+    # --- the end --------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """Check what only all pages together can tell."""
+        catalog, head = self._head.catalog, self._head
+        lost: set[int] = set()
+        for number in self._file.bad_pages:
+            row = head.root[number]
+            lost |= set(range(int(row["first_series"]), int(row["last_series"]) + 1))
+        self._boxes.finish(lost)
+        for n in range(len(catalog)):
+            what = _wrong_series(catalog[n])
+            if what:
+                code = "unknown_dtype" if what.startswith("dtype") else "malformed"
+                self.problem(f"series {n}: {what}", code, ((catalog.names[n], ()),))
+        if lost:
+            return
+        is_wrong = (self._first != catalog.column("first_step")) | (
+            self._last != catalog.column("last_step")
+        )
+        for n in np.flatnonzero(is_wrong).tolist() if len(catalog) else ():
+            self.problem(
+                "the catalog says other steps than the entries cover", names=((catalog.names[n], ()),)
+            )
+        if not self._shards.all():
+            self.problem("the shard page has a shard that no entry names")
+
+
+def arguments(row: np.void, dtype: str, elements: int) -> dict[str, object]:
+    """Give what `check_payload` needs of an entry or a claim."""
+    has_digest = bool(row["flags"] & layout.ENTRY_HAS_DIGEST)
+    return {
+        "number": int(row["codec"]),
+        "dtype": dtype,
+        "raw_nbytes": int(row["raw_nbytes"]),
+        "steps": 1 if row["flags"] & layout.ENTRY_REPEAT else int(row["count"]),
+        "elements": elements,
+        "digest": int(row["digest"]) if has_digest else None,
+    }
+
+
+def _fits(row: Series, shape: tuple[int, ...]) -> bool:
+    """Say whether a part lies in its global tensor."""
+    if row.kind != layout.KIND_DATA or not row.global_shape:
+        return True
+    return all(
+        o + n <= g for o, n, g in zip(row.origin, shape, row.global_shape, strict=True)
+    )
+
+
+def _wrong_series(row: Series) -> str | None:
+    """Say what is wrong with a catalog row beyond what decoding it checks."""
+    if row.dtype not in dtypes.NAMES:
+        return f"dtype {row.dtype!r} is not known to this version"
+    if row.dtype == dtypes.STRING and len(row.shape) > 1:
+        return "strings of a rank above 1"
+    if row.kind == layout.KIND_STATS and (row.dtype, row.shape, row.grid) != (
+        "float64", (layout.STATS_LEN,), (0,),
+    ):  # fmt: skip
+        return "statistics of another shape"
+    if row.kind == layout.KIND_STEPS and (
+        (row.dtype, row.shape, row.grid) != ("int64", (2,), (0,)) or row.global_shape
+    ):
+        return "a step table of another shape"
+    return None
+
+
+class _Boxes:
+    """Whether each saved tensor of several chunks has all of them; one series at a time."""
+
+    def __init__(self, checker: EntryChecker) -> None:
+        self._checker = checker
+        self._series = -1
+        self._chunks: dict[tuple[int, ...], tuple[int, dict[int, list[Run]]]] = {}
+        self._found: list[tuple[int, str, list[Run]]] = []
+
+    def add(self, series: int, dims: tuple[int, ...], count: int, row: np.void) -> None:
+        if series != self._series:
+            self._close()
+            self._series = series
+        _, chunks = self._chunks.setdefault(dims, (count, {}))
+        run = (int(row["step"]), int(row["stride"]), int(row["count"]))
+        chunks.setdefault(int(row["chunk"]), []).append(run)
+
+    def _close(self) -> None:
+        for count, chunks in self._chunks.values():
+            lists = list(chunks.values())
+            is_full = len(chunks) == count
+            if is_full and all(runs == lists[0] for runs in lists):
+                continue
+            if sum(r[2] for runs in lists for r in runs) > _MOST_COMPARED:
+                self._found.append((self._series, "too many steps to compare chunks", []))
+                continue
+            counted = [
+                Counter(step + k * stride for step, stride, n in runs for k in range(n))
+                for runs in lists
+            ]
+            every: Counter[int] = Counter()
+            for counts in counted:
+                every |= counts
+            missing = {
+                step for step, n in every.items() if any(counts[step] != n for counts in counted)
+            }
+            missing = missing if is_full else set(every)
+            if missing:
+                what = "a chunk is missing"
+                self._found.append((self._series, what, [(s, 1, 1) for s in sorted(missing)]))
+        self._chunks.clear()
+
+    def finish(self, lost: set[int]) -> None:
+        """Report what is missing, but for series whose entries are lost."""
+        self._close()
+        for series, what, runs in self._found:
+            if series not in lost:
+                name = self._checker._head.catalog.names[series]
+                names = names_of((name, *run) for run in runs) or ((name, ()),)
+                self._checker.problem(what, names=names)
+
+
+def check_segment(file: SegmentFile, claims: Claims) -> EntryChecker | None:
+    """Go over all entry pages of a segment; None if its head is damaged."""
+    if file.head is None:
+        return None
+    checker = EntryChecker(file, claims)
+    for number, entries in file.pages():
+        checker.page(number, entries)
+    checker.finish()
+    return checker

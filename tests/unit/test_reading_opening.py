@@ -1,0 +1,376 @@
+"""Opening: rounds, the bundle, maximal segments, damage, merges, snapshots."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+from support.build_run import Put, RunBuilder, step_row
+
+from tensorstore_fmt.errors import (
+    ChecksumError,
+    ClosedError,
+    FormatError,
+    NotARunError,
+    StepNotYetWrittenError,
+    UnsupportedError,
+)
+from tensorstore_fmt.format import layout
+from tensorstore_fmt.reading.opening import maximal
+from tensorstore_fmt.reading.run import Run, open_run
+from tensorstore_fmt.reading.session import Session
+from tensorstore_fmt.storage import open_storage
+from tensorstore_fmt.testing.storage import CountingStorage
+
+
+@pytest.fixture
+def build(tmp_path):
+    return RunBuilder(tmp_path / "run", attrs={"lr": 0.1})
+
+
+def counting(build):
+    storage = CountingStorage(open_storage(build.url, writable=False))
+    return Run(Session(build.url, None, storage=storage)), storage
+
+
+def value(step):
+    return np.float32(step)
+
+
+def put(step, **more):
+    return Put(step=step, value=value(step), inline=True, **more)
+
+
+def test_what_is_not_a_run(tmp_path):
+    with pytest.raises(NotARunError):
+        open_run(str(tmp_path))
+    with pytest.raises(NotARunError):
+        open_run(str(tmp_path / "nothing"))
+    (tmp_path / "run.json").write_text("[]")
+    with pytest.raises(NotARunError):
+        open_run(str(tmp_path))
+
+
+def test_a_run_without_writers(build):
+    run = open_run(build.url)
+    assert (run.names(), run.workers, run.attempts, run.num_workers) == ([], [], [], 0)
+    assert not run.is_closed
+    assert run.attrs == {"lr": 0.1}
+    assert run.run_id == "000102030405060708090a0b0c0d0e0f"
+    assert run.steps().tolist() == []
+    assert not run.is_complete(0)
+
+
+def test_rounds_of_opening_and_reading(build):
+    w = build.writer()
+    w.flush(put(0), Put(name="y", step=0, value=np.zeros((100, 100))), closed=True)
+    run, storage = counting(build)
+    assert run.names() == ["x", "y"]
+    assert storage.rounds == 2  # no bundle: the head of the segment
+    storage.reset()
+    assert run["x"].read(step=0) == 0
+    assert storage.rounds == 0  # all of the segment came with its head
+    run["y"].read(step=0)
+    assert storage.rounds == 1
+    for whole in (True, False):
+        build.bundle(whole=whole)
+        run, storage = counting(build)
+        assert run.names() == ["x", "y"]
+        assert storage.rounds == 1
+        storage.reset()
+        run["y"].read(step=0)
+        assert storage.rounds == (1 if whole else 2)
+
+
+def test_opening_touches_no_entry_page(build):
+    build.writer().flush(*(put(s, name=f"n{s}") for s in range(50)))
+    build.bundle(whole=False)
+    run, storage = counting(build)
+    assert len(run.names("n4*")) == 11
+    assert "n3" in run
+    assert run["n3"].shape == ()
+    assert run["n3"].dtype == np.float32
+    assert repr(run["n3"])
+    assert repr(run)
+    assert run.table().num_rows == 50
+    assert storage.rounds == 1
+
+
+def test_refresh_without_news_is_one_listing(build):
+    w = build.writer()
+    w.flush(put(0))
+    run, storage = counting(build)
+    assert run["x"].steps.tolist() == [0]
+    storage.reset()
+    assert run.refresh() is False
+    assert [r.op for r in storage.requests] == ["listing"]
+    w.flush(put(1))
+    storage.reset()
+    assert run["x"].steps.tolist() == [0]
+    assert run.refresh() is True
+    assert [r.op for r in storage.requests] == ["listing", "prefix"]
+    assert run["x"].read().tolist() == [0, 1]
+
+
+def test_a_bundle_never_says_what_exists(build):
+    w = build.writer()
+    w.flush(put(0))
+    w.flush(put(1))
+    build.bundle()
+    w.flush(put(2))
+    assert open_run(build.url)["x"].read().tolist() == [0, 1, 2]
+    bundle = build.root / layout.BUNDLE
+    data = bytearray(bundle.read_bytes())
+    for at in (3, 20, 60, 70, len(data) - 300):
+        damaged = bytearray(data)
+        damaged[at] ^= 0x10
+        bundle.write_bytes(damaged)
+        assert open_run(build.url)["x"].read().tolist() == [0, 1, 2]
+
+
+def test_maximal_segments():
+    key = layout.WriterKey(worker=0, attempt=0, writer=1)
+
+    def name(first, last):
+        return layout.SegmentName(key=key, last=last, count=last - first + 1)
+
+    names = [name(0, 0), name(1, 1), name(0, 1), name(2, 3), name(2, 2), name(4, 4)]
+    assert maximal(reversed(names)) == [name(0, 1), name(2, 3), name(4, 4)]
+
+
+# --- merges --------------------------------------------------------------------------
+
+
+def merged(w, *, steps, last, joined=False, closed=False):
+    """Publish what a merge of all flushes up to `last` would, and remove what it covers."""
+    if joined:
+        puts = [
+            Put(value=np.array(steps, np.float32), count=len(steps), inline=True, flush=0,
+                last_flush=last)
+        ]  # fmt: skip
+    else:
+        puts = [put(s, flush=s) for s in steps]
+    name = w.flush(*puts, first=0, last=last, closed=closed)
+    for path in (w.run.root / "index").iterdir():
+        if path.name != name.path.removeprefix("index/"):
+            path.unlink()
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_view_survives_merges_and_shows_the_same(build, joined):
+    w = build.writer()
+    for s in range(3):
+        w.flush(put(s), through=s)
+    run, storage = counting(build)
+    assert run.names() == ["x"]
+    for segment in run._session.view.segments:
+        segment.kept = memoryview(b"")  # as if it had been longer than the first read
+    w.flush(put(3), through=3)
+    merged(w, steps=range(5), last=4, joined=joined, closed=True)
+    storage.close()  # or it would go on reading removed files that it has open
+    assert run["x"].read().tolist() == [0, 1, 2]
+    assert run["x"].steps.tolist() == [0, 1, 2]
+    assert not run.is_closed
+    with pytest.raises(StepNotYetWrittenError):
+        run["x"].read(step=3)
+    assert run.refresh() is True
+    assert run["x"].read().tolist() == [0, 1, 2, 3, 4]
+    assert run.is_closed
+    assert not run.damage
+
+
+def test_a_pickled_view_shows_the_same_after_merges(build):
+    w = build.writer()
+    for s in range(3):
+        w.flush(put(s), through=s)
+    run = open_run(build.url)
+    data = pickle.dumps(run)
+    tensor = pickle.dumps(run["x"].select(mode="NONE"))
+    assert len(data) < 2048
+    assert pickle.loads(data)["x"].read().tolist() == [0, 1, 2]
+    w.flush(put(3), through=3)
+    assert pickle.loads(data)["x"].read().tolist() == [0, 1, 2]
+    merged(w, steps=range(5), last=4, joined=True, closed=True)
+    copy = pickle.loads(data)
+    assert copy["x"].read().tolist() == [0, 1, 2]
+    assert not copy.is_closed
+    assert pickle.loads(tensor).read().tolist() == [0, 1, 2]
+    assert copy.refresh()
+    assert copy["x"].steps.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_merge_is_nothing_new(build):
+    w = build.writer()
+    for s in range(3):
+        w.flush(put(s))
+    run = open_run(build.url)
+    merged(w, steps=range(3), last=2)
+    assert run.refresh() is False
+    assert run["x"].read().tolist() == [0, 1, 2]
+
+
+# --- damage ----------------------------------------------------------------------------
+
+
+def damage(path, at):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 0x04
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("at", [3, 60, 130, 256 + 5])
+def test_header_and_root_stand_twice(build, at):
+    w = build.writer()
+    w.flush(put(0), Put(name="y", value=np.zeros(5)))
+    (path,) = (build.root / "index").iterdir()
+    damage(path, at)
+    run = open_run(build.url)
+    assert run["x"].read(step=0) == 0
+    assert not run.damage
+
+
+def test_a_damaged_segment_is_replaced_by_those_it_covers(build):
+    w = build.writer()
+    for s in range(3):
+        w.flush(put(s))
+    name = w.flush(*(put(s, flush=s) for s in range(3)), first=0, last=2)
+    path = build.root / name.path
+    assert open_run(build.url)._session.view.segments[0].name == name
+    catalog = 256 + 3 * 64
+    damage(path, catalog + 40)
+    with pytest.warns(RuntimeWarning, match="damaged"):
+        run = open_run(build.url)
+    assert [p.code for p in run.damage] == ["checksum"]
+    assert run["x"].read().tolist() == [0, 1, 2]
+
+
+def test_a_damaged_page_is_replaced_too(build):
+    w = build.writer()
+    for s in range(3):
+        w.flush(put(s))
+    name = w.flush(*(put(s, flush=s) for s in range(3)), first=0, last=2)
+    path = build.root / name.path
+    run = open_run(build.url)
+    head = run._session.view.segments[0].head
+    damage(path, int(head.root["offset"][-1]) + 30)
+    run = open_run(build.url)
+    assert run["x"].read().tolist() == [0, 1, 2]
+    for s in range(3):
+        (build.root / layout.SegmentName(key=w.key, last=s, count=1).path).unlink()
+    run = open_run(build.url)
+    with pytest.raises(ChecksumError) as caught:
+        run["x"].read()
+    assert caught.value.facts["file"] == name.path
+    assert run.state("x", 0) == "unreadable"
+
+
+def test_missing_flushes_are_reported_and_never_called_never_saved(build):
+    w = build.writer()
+    for s in range(3):
+        w.flush(put(s), through=s, closed=s == 2)
+    (build.root / layout.SegmentName(key=w.key, last=1, count=1).path).unlink()
+    with pytest.warns(RuntimeWarning):
+        run = open_run(build.url)
+    (problem,) = run.damage
+    assert problem.code == "missing_segment"
+    assert (problem.facts["first"], problem.facts["last"]) == (1, 1)
+    assert run["x"].read(step=2) == 2
+    with pytest.raises(FormatError) as caught:
+        run["x"].read(step=1)
+    assert caught.value.code == "missing_segment"
+    assert run.state("x", 1) == "unreadable"
+    assert "1 problem" in repr(run)
+
+
+def test_a_segment_cut_short_or_of_another_run(build, tmp_path):
+    w = build.writer()
+    w.flush(put(0))
+    name = w.flush(put(1))
+    path = build.root / name.path
+    data = path.read_bytes()
+    path.write_bytes(data[:-1])
+    with pytest.warns(RuntimeWarning):
+        run = open_run(build.url)
+    assert [p.code for p in run.damage] == ["truncated", "missing_segment"]
+    assert run["x"].read().tolist() == [0]
+    path.write_bytes(data)
+    other = RunBuilder(tmp_path / "other")
+    other.run_id = bytes(16)
+    stray = other.writer(5).flush(put(9))
+    (build.root / stray.path).write_bytes((other.root / stray.path).read_bytes())
+    with pytest.warns(RuntimeWarning):
+        run = open_run(build.url)
+    assert "wrong_run" in [p.code for p in run.damage]
+    assert run["x"].read().tolist() == [0, 1]
+
+
+def test_features_of_newer_versions_are_refused(build):
+    build.writer().flush(put(0), required=4)
+    with pytest.raises(UnsupportedError) as caught:
+        open_run(build.url)
+    assert caught.value.code == "unknown_feature"
+
+
+def test_files_with_other_names_do_not_count(build):
+    build.writer().flush(put(0))
+    for name in ("x.seg", "000000-000000-0000000000000100-000000000000-000000000001.seg.tmp"):
+        (build.root / "index" / name).write_bytes(b"nothing")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert open_run(build.url)["x"].read(step=0) == 0
+
+
+# --- writers, completeness ---------------------------------------------------------------
+
+
+def test_closed_when_all_workers_of_the_newest_attempt_are(build):
+    a = build.writer(0, num_workers=2)
+    b = build.writer(1, num_workers=2)
+    a.flush(put(0), step_row(0), through=0)
+    run = open_run(build.url)
+    assert not run.is_complete(0)
+    with pytest.raises(StepNotYetWrittenError):
+        run["x"].read(step=0, worker=1)
+    b.flush(step_row(0), through=0)
+    run.refresh()
+    assert run.num_workers == 2
+    assert run.is_complete(0)
+    assert run.complete_steps().tolist() == [0]
+    a.flush(closed=True)
+    run.refresh()
+    assert not run.is_closed
+    b.flush(closed=True)
+    run.refresh()
+    assert run.is_closed
+    assert run.is_complete(10**6)
+
+
+def test_a_recovered_writer_is_closed(build):
+    w = build.writer(writer=0x55)
+    w.flush(put(0))
+    assert not open_run(build.url).is_closed
+    build.writer(writer=0x66, recovers=0x55, opened_us=9).flush(closed=True)
+    assert open_run(build.url).is_closed
+
+
+def test_complete_in_one_mode_is_not_complete_in_another(build):
+    w = build.writer()
+    w.flush(step_row(4, mode=1), step_row(5, mode=1), step_row(5, mode=2), through=[-1, 5, 4, -1])
+    run = open_run(build.url)
+    assert run.is_complete(5, "TRAIN")
+    assert not run.is_complete(5, "EVAL")
+    assert not run.is_complete(5)
+    assert run.is_complete(4)
+    assert run.complete_steps().tolist() == [4]
+    assert run.complete_steps("TRAIN").tolist() == [4, 5]
+    assert run.steps("EVAL").tolist() == [5]
+
+
+def test_closing_the_reader(build):
+    build.writer().flush(put(0))
+    with open_run(build.url) as run:
+        t = run["x"]
+    with pytest.raises(ClosedError):
+        t.read()
