@@ -95,7 +95,7 @@ class Page:
 
     def frame(self) -> bytes:
         """Give the stored bytes."""
-        return payloads.zstd(self.content(), level=1) if self.stored is None else self.stored
+        return payloads.zstd(self.content(), level=19) if self.stored is None else self.stored
 
 
 @dataclass
@@ -246,11 +246,11 @@ def bundle(
 # --- run.json --------------------------------------------------------------------------
 
 
-def run_json(run_id: bytes, attrs: Mapping[str, Any], **members: Any) -> bytes:
+def run_json(run: bytes, settings: Mapping[str, Any], /, **members: Any) -> bytes:
     """Give a run.json; `members` override or add to what stands in it."""
     document = {
-        "format": "tensorstore_fmt", "format_version": [1, 0], "run_id": run_id.hex(),
-        "created_us": 1_750_000_000_000_000, "required": [], "attrs": attrs,
+        "format": "tensorstore_fmt", "format_version": [1, 0], "run_id": run.hex(),
+        "created_us": 1_750_000_000_000_000, "required": [], "attrs": settings,
     } | members  # fmt: skip
     return sealed_json(json.dumps(document, separators=(",", ":"))[:-1].encode())
 
@@ -347,8 +347,16 @@ class Shard:
             + ints("origin")
             + struct.pack(
                 "<qqIIqBBIIQI",
-                row["step"], row["stride"], row["count"], row["chunk"], row["flush"],
-                row["codec"], row["flags"], row["nbytes"], row["raw_nbytes"], row["digest"],
+                row["step"],
+                row["stride"],
+                row["count"],
+                row["chunk"],
+                row["flush"],
+                row["codec"],
+                row["flags"],
+                row["nbytes"],
+                row["raw_nbytes"],
+                row["digest"],
                 row["crc32c"],
             )  # fmt: skip
         )

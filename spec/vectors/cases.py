@@ -247,11 +247,11 @@ class Writer:
 
     def log(self, mode: int, steps: Sequence[int], first_mode_step: int = 0) -> list[Row]:
         """Write rows of the step table: evenly spaced steps, a millisecond apart."""
-        pairs = [(first_mode_step + i, WALL_US + 1000 * (step % 10**6)) for i, step in enumerate(steps)]
+        pairs = [
+            (first_mode_step + i, WALL_US + 1000 * (step % 10**6)) for i, step in enumerate(steps)
+        ]
         values: list[Value] = [np.array(pair, "<i8") for pair in pairs]
-        rows = self.save(
-            steps_series(mode), steps, values, codec=payloads.DELTA, is_visible=False
-        )
+        rows = self.save(steps_series(mode), steps, values, codec=payloads.DELTA, is_visible=False)
         for step, (mode_step, wall_us) in zip(steps, pairs, strict=True):
             self.run.step_table.append(
                 {
@@ -400,8 +400,10 @@ class RunCase:
     segments: list[tuple[str, Segment]] = field(default_factory=list)
     shards: dict[str, Shard] = field(default_factory=dict)
     unsealed: set[str] = field(default_factory=set)
-    files: dict[str, bytes] = field(default_factory=dict)
+    files: dict[str, bytes | None] = field(default_factory=dict)
     json_members: dict[str, Any] = field(default_factory=dict)
+    unlistable: dict[str, str] = field(default_factory=dict)
+    is_code_only: bool = False
 
     def __post_init__(self) -> None:
         self.run_id = build.noise(f"run {self.name}", 16)
@@ -468,13 +470,16 @@ class RunCase:
         names = self.names
         if names is None:
             names = sorted({t["name"] for t in self.tensors}, key=str.encode)
-        document: dict[str, Any] = {
-            "about": self.about, "type": "run", "run_id": self.run_id.hex(), "attrs": self.attrs,
+        document: dict[str, Any] = {"about": self.about, "type": "run"}
+        if self.is_code_only:
+            return document
+        document |= {
+            "run_id": self.run_id.hex(), "attrs": self.attrs,
             "is_closed": self.is_closed, "names": names,
             "tensors": sorted(self.tensors, key=_tensor_order),
             "step_table": sorted(self.step_table, key=_step_order),
         }  # fmt: skip
-        for key in ("reads", "absent", "failures", "damage"):
+        for key in ("reads", "absent", "failures", "unlistable", "damage"):
             if value := getattr(self, key):
                 document[key] = value
         return document

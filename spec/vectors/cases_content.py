@@ -257,7 +257,8 @@ def _planes() -> RunCase:
                   "complex64", "complex128"):  # fmt: skip
         size = ITEMSIZE[dtype]
         word = size // 2 if dtype.startswith("complex") else size
-        n = 96 * size // word
+        length = 96 if size <= 4 else 30
+        n = length * size // word
         low = np.frombuffer(noise(f"planes {dtype}", n * word), "u1").reshape(n, word).copy()
         low[:, -1] = np.frombuffer(noise(f"signs {dtype}", n), "u1") & 0x83  # signs, few exponents
         if word > 2:
@@ -266,7 +267,7 @@ def _planes() -> RunCase:
         for rotated in (False, True):
             name = f"{dtype}/{'rotated' if rotated else 'plain'}"
             writer.save(
-                S(name, dtype, (96,)), [1], [value], codec=PLANES, rotated=rotated, shard=shard
+                S(name, dtype, (length,)), [1], [value], codec=PLANES, rotated=rotated, shard=shard
             )
     constant = np.full(10, 1.5, "<f8")
     writer.save(S("all-constant", "float64", (10,)), [1], [constant], codec=PLANES, rotated=True)
@@ -337,7 +338,9 @@ def _reuse() -> RunCase:
 
 
 def _varying_shape() -> RunCase:
-    run = RunCase("varying-shape", "Axes whose lengths stand in the entries, with and without grid.")
+    run = RunCase(
+        "varying-shape", "Axes whose lengths stand in the entries, with and without grid."
+    )
     writer = run.writer()
     shard = writer.shard()
     for step, n in enumerate((3, 1, 5, 3)):
@@ -424,5 +427,3 @@ def _statistics() -> RunCase:
     writer.stats(S("only", shape=(6,)), [4, 8], [f32(1, 2, 3), f32(np.nan, np.nan)])
     writer.publish(is_closed=True)
     return run
-
-

@@ -33,7 +33,7 @@ def _two_flushes(run: RunCase) -> Writer:
     writer = run.writer()
     writer.begin()
     writer.save(LOSS, [0, 1], [f64(0.5), f64(0.25)])
-    writer.save(S("w", shape=(30,)), [1], [smooth((30,), 1)], shard=writer.shard())
+    writer.save(S("w", shape=(30,)), [1], [smooth((30,), 1)])
     writer.publish(is_closed=True)
     return writer
 
@@ -90,7 +90,10 @@ def _bad_bundles() -> Iterator[RunCase]:
 
 
 def invalid_cases() -> Iterator[tuple[RunCase, str, str]]:
-    """Give runs, the code that a reader must report, and the operation that must."""
+    """Give runs, the code that a reader must report, and the operation that must.
+
+    A file that is None is taken away.
+    """
     yield from _opening()
     yield from _index()
     yield from _reading()
@@ -100,7 +103,7 @@ def invalid_cases() -> Iterator[tuple[RunCase, str, str]]:
 def _opening() -> Iterator[tuple[RunCase, str, str]]:
     run = RunCase("run-without-run-json", "A folder with segments and no run.json.")
     _two_flushes(run)
-    run.files["run.json"] = None  # type: ignore[assignment] # takes the file away
+    run.files["run.json"] = None
     yield run, "not_a_run", "open"
     run = RunCase("run-of-newer-major", "run.json says format version 2.0.")
     run.json_members = {"format_version": [2, 0]}
@@ -167,23 +170,27 @@ def _index() -> Iterator[tuple[RunCase, str, str]]:
         run.fail("loss", 1, "missing_segment")
         yield run, code, "damage"
 
-    run = RunCase("segments-not-nested", "Flushes 0–2 and 1–3 of one writer: neither holds the other.")
+    run = RunCase(
+        "segments-not-nested", "Flushes 0–2 and 1–3 of one writer: neither holds the other."
+    )
     writer = run.writer()
     for flushes in ((0, 2), (1, 3)):
         entries = writer.save(LOSS, [flushes[1]], [f64(1)], flushes=(2, 2), is_visible=False)
         writer.pending = []
         writer.publish(entries=entries, flushes=flushes, is_closed=True)
-    run.damage = ["malformed"]
+    run.is_code_only = True  # which of the two a reader takes is not said
     yield run, "malformed", "damage"
 
-    run = RunCase("page-damaged", "One entry page of several is damaged: only what it holds is lost.")
+    run = RunCase(
+        "page-damaged", "One entry page of several is damaged: only what it holds is lost."
+    )
     writer = run.writer()
     for name in ("a", "b", "c"):
         writer.save(S(name, shape=(3,)), [0, 1], [smooth((3,), 0)] * 2, is_visible=name != "b")
     segment = writer.publish(is_closed=True, page_rows=1)
     place = next(at for i, (_, at) in enumerate(segment.borders) if i == 2 + 3 + 1)
     run.files[index_path(run)] = flip(segment.encode(), place + 20)
-    run.names = ["a", "b", "c"]
+    run.names, run.unlistable = ["a", "b", "c"], {"b": "checksum"}
     for step in (0, 1):
         run.fail("b", step, "checksum")
     run.say("a", 2, "never_saved")
@@ -224,7 +231,7 @@ def _reading() -> Iterator[tuple[RunCase, str, str]]:
         if name == "payload-damaged":
             run.files[path] = flip(data, bad["offset"] + 17)
         elif name == "shard-missing":
-            run.files[path] = None  # type: ignore[assignment] # takes the file away
+            run.files[path] = None
         elif name.startswith("shard"):
             end = {"in-payload": bad["offset"] + 79, "before-payload": bad["offset"],
                    "in-magic": 4}.get(name.removeprefix("shard-cut-"), 0)  # fmt: skip
@@ -260,16 +267,3 @@ def _parts() -> Iterator[tuple[RunCase, str, str]]:
         if name == "parts-hole":
             run.ask("w", 0, f32(1, 2), index=[(1, 3, None)])
         yield run, "parts", "read"
-
-    run = RunCase("part-dropped", "One of two parts was dropped: the step is dropped.")
-    for worker in range(2):
-        writer = run.writer(worker, num_workers=2)
-        series = S("w", shape=(2,), global_shape=(4,), origin=(2 * worker,))
-        if worker:
-            writer.drop(series, [0])
-        else:
-            writer.save(series, [0], [f32(1, 2)])
-        writer.publish(is_closed=True)
-    run.say("w", 0, "dropped")
-    run.ask("w", 0, f32(1, 2), worker=0)
-    yield run, "dropped", "read"

@@ -26,6 +26,7 @@ def cases() -> Iterator[RunCase]:
     yield _attempts()
     yield _attempt_before_resume()
     yield _dropped()
+    yield _part_dropped()
     yield _merged()
     yield _merged_shapes()
     yield _many_pages()
@@ -182,6 +183,23 @@ def _dropped() -> RunCase:
     return run
 
 
+def _part_dropped() -> RunCase:
+    run = RunCase("part-dropped", "One of two parts was dropped: the step is dropped.")
+    for worker in range(2):
+        writer = run.writer(worker, num_workers=2)
+        series = S("w", shape=(2,), global_shape=(4,), origin=(2 * worker,))
+        writer.save(series, [1], [f32(3, 4)])
+        if worker:
+            writer.drop(series, [0])
+        else:
+            writer.save(series, [0], [f32(1, 2)])
+        writer.publish(is_closed=True)
+    run.say("w", 0, "dropped")
+    run.ask("w", 0, f32(1, 2), worker=0)
+    run.ask("w", 1, f32(3, 4, 3, 4))
+    return run
+
+
 def _save_three_flushes(writer: Writer) -> None:
     writer.begin()
     for flush in range(3):
@@ -243,7 +261,7 @@ def _many_pages() -> RunCase:
     run = RunCase("many-pages", "Several catalog pages and several entry pages in one segment.")
     writer = run.writer()
     shard = writer.shard()
-    for i in range(7):
+    for i in range(4):
         series = S(f"layer.{i}", shape=(3,))
         for step in (0, 3, 4):
             writer.save(series, [step], [smooth((3,), step + i)], shard=shard)
@@ -270,7 +288,8 @@ def _recovered() -> RunCase:
 
 def _two_writers() -> RunCase:
     run = RunCase(
-        "two-writers", "Two writers of one worker and attempt: where both saved, the later one wins."
+        "two-writers",
+        "Two writers of one worker and attempt: where both saved, the later one wins.",
     )
     one, two = run.writer(), run.writer(also="second")
     two.header["opened_us"] += 1
@@ -289,7 +308,9 @@ def _live() -> RunCase:
     shard = writer.shard()
     run.unsealed.add(shard.name)
     writer.begin()
-    writer.save(S("w", shape=(64,), mode=1), [0, 1], [smooth((64,), i) for i in (0, 1)], shard=shard)
+    writer.save(
+        S("w", shape=(64,), mode=1), [0, 1], [smooth((64,), i) for i in (0, 1)], shard=shard
+    )
     writer.log(1, [0, 1])
     writer.publish(complete=(-1, 1, -1, -1))
     writer.save(S("w", shape=(64,), mode=1), [4], [smooth((64,), 4)], codec=ZSTD, shard=shard)
@@ -323,7 +344,7 @@ def _bundle(*, heads_only: bool) -> RunCase:
     run = RunCase(f"bundle-{kind}", f"A closed run with a bundle of {kind} segments, two workers.")
     for worker in range(2):
         writer = run.writer(worker, num_workers=2)
-        shard = writer.shard()
+        shard = None if worker else writer.shard()
         writer.begin()
         writer.save(S(f"w{worker}", shape=(9,)), [1, 2], [smooth((9,), i) for i in (1, 2)])
         writer.save(S("z", shape=(30,)), [worker], [smooth((30,), worker)], shard=shard)
@@ -360,7 +381,8 @@ def _stale_bundle() -> RunCase:
 
 def _strays() -> RunCase:
     run = RunCase(
-        "stray-files", "Files that do not count: temporary ones, ill-named ones, locks, an old shard."
+        "stray-files",
+        "Files that do not count: temporary ones, ill-named ones, locks, an old shard.",
     )
     writer = run.writer()
     writer.save(LOSS, [0], [f64(0)])
@@ -384,7 +406,9 @@ def _strays() -> RunCase:
 
 
 def _newer_minor() -> RunCase:
-    run = RunCase("newer-minor", "Minor version 7: members of run.json that are not known, no more.")
+    run = RunCase(
+        "newer-minor", "Minor version 7: members of run.json that are not known, no more."
+    )
     run.json_members = {"format_version": [1, 7], "created_by": {"name": "later"}}
     writer = run.writer(minor=7)
     writer.save(LOSS, [0], [f64(0.25)])

@@ -34,13 +34,17 @@ def cat(arguments: Namespace, output: Output) -> int:
                 f"{tensor.name!r}: no values were saved, only statistics; see them with stat",
                 name=tensor.name,
             )
-        _, is_scalar = scalar_dtypes(run).get(tensor.name, (set(), False))
-        show = _cat_scalar if is_scalar else _cat_tensor
-        show(run, tensor, arguments, output)
+        kinds, is_scalar = scalar_dtypes(run).get(tensor.name, (set(), False))
+        if is_scalar:
+            _cat_scalar(run, tensor, kinds, arguments, output)
+        else:
+            _cat_tensor(run, tensor, arguments, output)
     return 0
 
 
-def _cat_scalar(run: Run, tensor: Tensor, arguments: Namespace, output: Output) -> None:
+def _cat_scalar(
+    run: Run, tensor: Tensor, kinds: set[str], arguments: Namespace, output: Output
+) -> None:
     from tensorstore_fmt.interop.picking import common_step, saved_steps
     from tensorstore_fmt.interop.tables import collect
     from tensorstore_fmt.reading.steps import step_set
@@ -49,7 +53,7 @@ def _cat_scalar(run: Run, tensor: Tensor, arguments: Namespace, output: Output) 
     if step is not None:
         number = common_step([tensor], step)
         steps = slice(number, number + 1)
-    scalars = collect(run, [tensor], selection(arguments), step_set(steps))
+    scalars = collect(run, [tensor], selection(arguments), step_set(steps), {tensor.name: kinds})
     table = scalars.table
     if not len(table):
         tensor.read(step=steps.start) if step is not None and steps else None  # says why not

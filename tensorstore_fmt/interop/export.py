@@ -203,7 +203,8 @@ class _Job:
         if step is not None:
             number = common_step(tensors, step)
             steps = slice(number, number + 1)
-        scalars = tables.collect(self.run, tensors, self.where, step_set(steps))
+        of_scalars = {name: found for name, (found, _) in kinds.items()}
+        scalars = tables.collect(self.run, tensors, self.where, step_set(steps), of_scalars)
         if not len(scalars.table):
             for tensor in tensors:
                 tensor.read(steps=steps)  # raises if it knows why there is nothing

@@ -22,6 +22,7 @@ __all__ = ["Step", "Where", "common_step", "item_at", "narrowed", "saved_steps",
 Step: TypeAlias = int | Literal["first", "last"]
 
 _SHOWN: Final = 8
+_SMALL_NBYTES: Final = 512  # on average over its steps
 _PIECE_NBYTES: Final = 32 * 1024 * 1024
 
 
@@ -108,7 +109,16 @@ def saved_steps(tensor: Tensor, steps: Steps) -> list[int]:
 
 
 def item_at(tensor: Tensor, step: int) -> Item:
-    """Give a tensor at one step."""
+    """Give a tensor at one step; a small one is read at once, others when they are written."""
+    if tensor.nbytes <= _SMALL_NBYTES * tensor.step_summary[0]:
+        value = tensor.read(step=step)
+        small: Array = np.asarray(value, object if isinstance(value, str) else None)
+        return Item(
+            name=tensor.name,
+            dtype=_dtype_name(small),
+            shape=small.shape,
+            pieces=lambda: [lambda: small],
+        )
     shape = tensor.shape_at(step)
     return Item(
         name=tensor.name,
@@ -150,4 +160,8 @@ def stacked(tensor: Tensor, steps: Sequence[int]) -> Item:
 def _dtype_at(tensor: Tensor, step: int, rank: int) -> str:
     """Give the dtype at a step, which need not be that of the last one; reads no element."""
     nothing = np.asarray(tensor.read(step=step, index=(slice(0, 0),) * rank))
-    return dtypes.STRING if nothing.dtype.kind in "OUT" else dtypes.dtype_name(nothing.dtype)
+    return _dtype_name(nothing)
+
+
+def _dtype_name(array: Array) -> str:
+    return dtypes.STRING if array.dtype.kind in "OUT" else dtypes.dtype_name(array.dtype)

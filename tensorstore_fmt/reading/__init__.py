@@ -1,0 +1,1 @@
+"""Reading runs: views, plans, fetching, and the handles that users hold."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -42,7 +42,7 @@ def absence(view: View, query: Query, line: Timeline, step: int) -> NotThereErro
     was never saved; it is not yet written.
     """
     what = describe_query(query)
-    facts: dict[str, object] = {"name": query.name, "step": step}
+    facts: dict[str, Any] = {"name": query.name, "step": step}
     at = np.flatnonzero(line.step == step)
     if len(at) and line.is_dropped[at].any():
         return StepDroppedError(
@@ -111,7 +111,7 @@ def raise_ambiguous(line: Timeline, rows: np.ndarray, step: int) -> NoReturn:
     sources = [line.found.sources[i] for i in line.source[rows].tolist()]
     modes = sorted({s.series.mode for s in sources})
     workers = sorted({s.worker for s in sources})
-    facts: dict[str, object] = {"name": query.name, "step": step}
+    facts: dict[str, Any] = {"name": query.name, "step": step}
     if len(modes) > 1:
         names = [MODE_NAMES[m] for m in modes]
         raise AmbiguousError(

@@ -14,6 +14,7 @@ __all__ = ["quoted", "run_html", "run_text", "size_text", "tensor_html", "tensor
 
 _MOST_ROWS = 30
 _MOST_CHARACTERS = 80
+_TIMES = " × "  # noqa: RUF001 - meant
 
 
 def quoted(text: str) -> str:
@@ -33,14 +34,14 @@ def size_text(nbytes: int) -> str:
 
 
 def _shape_text(shape: Sequence[int | None]) -> str:
-    return " × ".join("?" if n is None else str(n) for n in shape) or "scalar"
+    return _TIMES.join("?" if n is None else str(n) for n in shape) or "scalar"
 
 
 def tensor_rows(tensor: Tensor) -> list[tuple[str, str]]:
     """Say what a tensor is, from the catalogs alone."""
     rows = [
         ("dtype", tensor.dtype_name if tensor.has_data else "only statistics"),
-        ("shape", _shape_text(tensor.shape) if tensor.has_data else "–"),
+        ("shape", _shape_text(tensor.shape) if tensor.has_data else "-"),
         ("steps", _steps_text(tensor)),
         ("size", f"{size_text(tensor.nbytes)}, stored {size_text(tensor.stored_nbytes)}"),
     ]

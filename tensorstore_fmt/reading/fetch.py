@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import crc32c
 import numpy as np
@@ -154,8 +156,8 @@ def _fill_inline(assembly: Assembly, group: Group, target: _Array) -> Group | No
     if len(touched) != 1 or assembly.dtype == dtypes.STRING:
         return group
     entries = assembly.found.entries
-    entry, inner = group.entry[:, 0], group.inner[:, 0]
-    is_inline = entries.rows["shard"][entry] == layout.INLINE_SHARD
+    entry, inner = group.entry.reshape(-1), group.inner.reshape(-1)
+    is_inline = (entries.rows["shard"] == layout.INLINE_SHARD).take(entry)
     if not is_inline.any():
         return group
     rest = None
@@ -168,8 +170,7 @@ def _fill_inline(assembly: Assembly, group: Group, target: _Array) -> Group | No
         entry, inner, number = entry[is_inline], inner[is_inline], number[is_inline]
     dtype = dtypes.numpy_dtype(assembly.dtype)
     nbytes = int(touched.sizes[0]) * dtype.itemsize
-    name = group.series.name
-    rows = gather_rows(entries, entry, inner, nbytes, assembly.dtype, name)
+    rows = gather_rows(entries, entry, inner, nbytes, group.series)
     values = np.ascontiguousarray(rows).view(dtype).reshape(len(rows), *touched.boxes[0])
     if not touched.is_whole[0]:
         values = values[(slice(None), *touched.local[0])]
@@ -344,7 +345,12 @@ class _Reader:
         step = int(
             fill.assembly.found.entries.rows["step"][fill.units.entry[self._unit_of[payload]]]
         )
-        facts = {"name": fill.name, "step": step, "file": request.path, "offset": request.start}
+        facts: dict[str, Any] = {
+            "name": fill.name,
+            "step": step,
+            "file": request.path,
+            "offset": request.start,
+        }
         if isinstance(error, FileNotFoundError):
             return MissingFileError(
                 f"{fill.name!r}, step {step}: {request.path} is not there, but the index names it",
@@ -375,29 +381,33 @@ class _Reader:
         start = np.where(
             request < 0, 0, self._offset[payloads] - self._merged.start[request] if data else 0
         )
-        for values in zip(
-            entry.tolist(),
+        what = zip(
             units.chunk[unit].tolist(),
             units.begin[unit].tolist(),
             units.begin[unit + 1].tolist(),
-            request.tolist(),
-            start.tolist(),
-            rows["nbytes"].tolist(),
             rows["raw_nbytes"].tolist(),
             rows["codec"].tolist(),
             rows["crc32c"].tolist(),
             np.where(rows["flags"] & layout.ENTRY_REPEAT, 1, rows["count"]).tolist(),
             strict=True,
+        )
+        where = zip(
+            entry.tolist(), request.tolist(), start.tolist(), rows["nbytes"].tolist(), strict=True
+        )
+        before: object = None
+        for (number, at, offset, nbytes), each in zip(
+            where, map(_Payload._make, what), strict=True
         ):
-            number, chunk, a, b, at, offset, nbytes, raw_nbytes, coding, crc, kept = values
             if at >= 0:
                 payload = data[at][offset : offset + nbytes]
             else:
-                payload = memoryview(np.ascontiguousarray(inline[number]))
+                payload = np.ascontiguousarray(inline[number]).data
+            key = (at, offset, nbytes, each.raw_nbytes, each.codec, each.crc32c, each.kept)
             try:
-                decoder.put(payload, chunk, a, b, raw_nbytes, coding, crc, kept)
+                decoder.put(payload, each, is_same=at >= 0 and key == before)
             except TensorStoreError as error:
                 raise self._located(error, fill, number) from error
+            before = key
 
     def _located(self, error: TensorStoreError, fill: _Fill, entry: int) -> TensorStoreError:
         """Say of a bad payload what it was and where it lies."""
@@ -425,7 +435,19 @@ def _spread(batches: Sequence[_Batch], n: int) -> list[list[_Batch]]:
     """Deal batches to threads, neighbours together."""
     n = min(n, len(batches))
     borders = [len(batches) * i // n for i in range(n + 1)]
-    return [list(batches[a:b]) for a, b in zip(borders, borders[1:], strict=False)]
+    return [list(batches[a:b]) for a, b in itertools.pairwise(borders)]
+
+
+class _Payload(NamedTuple):
+    """What the index says of a payload, and which rows of the units' columns are its steps."""
+
+    chunk: int
+    begin: int
+    end: int
+    raw_nbytes: int
+    codec: int
+    crc32c: int
+    kept: int
 
 
 class _Decoder:
@@ -439,65 +461,61 @@ class _Decoder:
         self._dtype_name = fill.assembly.dtype
         self._dtype = dtypes.numpy_dtype(fill.assembly.dtype)
         self._is_string = fill.assembly.dtype == dtypes.STRING
+        self._last: _Array | None = None
 
-    def put(
-        self,
-        payload: memoryview,
-        chunk: int,
-        a: int,
-        b: int,
-        raw_nbytes: int,
-        coding: int,
-        crc: int,
-        kept: int,
-    ) -> None:
-        """Check and decode one payload, whose steps are a … b − 1 of the units' columns."""
-        found = crc32c.crc32c(payload)
-        if found != crc:
-            raise ChecksumError(
-                f"checksum {found:08x}, expected {crc:08x}; the file is damaged, or was changed"
-            )
+    def put(self, payload: memoryview, what: _Payload, *, is_same: bool) -> None:
+        """Check and decode one payload; `is_same`: it is the one before (say, a frozen layer)."""
         touched, target = self._touched, self._target
-        place, box = touched.places[chunk], touched.boxes[chunk]
-        is_row = b - a == 1
-        if is_row:
-            first, inner = int(self._number[a]), int(self._inner[a])
+        place, box = touched.places[what.chunk], touched.boxes[what.chunk]
+        if what.end - what.begin == 1:
+            first, inner = int(self._number[what.begin]), int(self._inner[what.begin])
             rows: slice | _I64 = slice(first, first + 1)
             taken: slice | _I64 = slice(inner, inner + 1)
-            is_all = kept == 1
+            is_all = what.kept == 1
         else:
-            rows, taken = _as_slice(self._number[a:b]), _as_slice(self._inner[a:b])
-            is_all = kept == b - a and taken == slice(0, kept, 1) and isinstance(rows, slice)
-        if is_all and touched.is_whole[chunk] and not self._is_string:
-            room = target[(rows, *place)]
-            if room.flags.c_contiguous:
-                codec.decode(
-                    payload,
-                    room.reshape(-1).view(np.uint8),
-                    codec=coding,
-                    dtype=self._dtype_name,
-                    rows=kept,
+            rows = _as_slice(self._number[what.begin : what.end])
+            taken = _as_slice(self._inner[what.begin : what.end])
+            is_all = (
+                isinstance(rows, slice)
+                and isinstance(taken, slice)
+                and taken == slice(0, what.kept, 1)
+            )
+        if is_same and self._last is not None:
+            values = self._last.reshape(what.kept, *box)
+        else:
+            found = crc32c.crc32c(payload)
+            if found != what.crc32c:
+                raise ChecksumError(
+                    f"checksum {found:08x}, expected {what.crc32c:08x}; the file is damaged, or "
+                    "was changed"
                 )
+            room = None
+            if is_all and touched.is_whole[what.chunk] and not self._is_string:
+                room = target[(rows, *place)]
+                room = room if room.flags.c_contiguous else None
+            values = self._last = self._values(payload, what, box, room)
+            if room is not None:
                 return
-        values = self._values(payload, raw_nbytes, coding, kept, box)
-        target[(rows, *place)] = values[(taken, *touched.local[chunk])]
+        target[(rows, *place)] = values[(taken, *touched.local[what.chunk])]
 
     def _values(
-        self, payload: memoryview, raw_nbytes: int, coding: int, kept: int, box: tuple[int, ...]
+        self, payload: memoryview, what: _Payload, box: tuple[int, ...], room: _Array | None
     ) -> _Array:
-        """Give the values of a payload: its steps × the box."""
-        if coding == layout.CODEC_RAW and not self._is_string:
-            if len(payload) != raw_nbytes:
-                raise FormatError(f"raw payload of {len(payload)} bytes, expected {raw_nbytes}")
-            return np.frombuffer(payload, self._dtype).reshape(kept, *box)
-        raw = _scratch.take(raw_nbytes)
-        codec.decode(payload, raw, codec=coding, dtype=self._dtype_name, rows=kept)
+        """Give the values of a payload, its steps × the box; written to `room`, if there is one."""
+        if room is None and what.codec == layout.CODEC_RAW and not self._is_string:
+            if len(payload) != what.raw_nbytes:
+                raise FormatError(
+                    f"raw payload of {len(payload)} bytes, expected {what.raw_nbytes}"
+                )
+            return np.frombuffer(payload, self._dtype).reshape(what.kept, *box)
+        raw = _scratch.take(what.raw_nbytes) if room is None else room.reshape(-1).view(np.uint8)
+        codec.decode(payload, raw, codec=what.codec, dtype=self._dtype_name, rows=what.kept)
         if self._is_string:
-            n = kept * int(np.prod(box, dtype=np.int64))
-            texts = np.empty(n, object)
-            texts[:] = unpack_strings(raw, n)
-            return texts.reshape(kept, *box)
-        return raw.view(self._dtype).reshape(kept, *box)
+            cut = unpack_strings(raw, what.kept * math.prod(box))
+            texts = np.empty(len(cut), object)
+            texts[:] = cut
+            return texts.reshape(what.kept, *box)
+        return raw.view(self._dtype).reshape(what.kept, *box)
 
 
 def _as_slice(numbers: _I64) -> slice | _I64:

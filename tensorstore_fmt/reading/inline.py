@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from tensorstore_fmt.errors import ChecksumError, FormatError
 from tensorstore_fmt.format import codec, layout
+from tensorstore_fmt.format.catalog import Series
 from tensorstore_fmt.format.page import Entries
 
 __all__ = ["check_inline", "gather_rows"]
@@ -51,7 +52,7 @@ def check_inline(entries: Entries, which: _I64, name: str) -> None:
     lengths = entries.rows["nbytes"][which]
     is_long = lengths > _SHORT_NBYTES
     one_by_one = which if len(which) < _FEW else which[is_long]
-    values = memoryview(np.ascontiguousarray(inline.values))
+    values = np.ascontiguousarray(inline.values).data
     for i, begin, end, crc in zip(
         one_by_one.tolist(),
         offsets[one_by_one].tolist(),
@@ -80,7 +81,7 @@ def _damaged(entries: Entries, row: int, name: str) -> ChecksumError:
 
 
 def gather_rows(
-    entries: Entries, entry: _I64, inner: _I64, nbytes: int, dtype: str, name: str
+    entries: Entries, entry: _I64, inner: _I64, nbytes: int, series: Series
 ) -> NDArray[np.uint8]:
     """Gather values of one size from inline payloads.
 
@@ -90,8 +91,8 @@ def gather_rows(
         Shape (n,): the entry of each value, and which of its steps it is.
     nbytes
         Of each value.
-    dtype
-        Stored dtype; no string.
+    series
+        Whose dtype is no string.
 
     Returns
     -------
@@ -107,6 +108,7 @@ def gather_rows(
         return np.empty((0, nbytes), np.uint8)
     is_new = np.concatenate([[True], entry[1:] != entry[:-1]])
     used = entry[is_new]  # an entry may come back later: it is then checked again
+    name = series.name
     check_inline(entries, used, name)
     rows = entries.rows[used]
     coding = rows["codec"]
@@ -117,28 +119,27 @@ def gather_rows(
     if (rows["nbytes"] != rows["raw_nbytes"])[coding == layout.CODEC_RAW].any():
         raise FormatError(f"{name!r}: a raw inline payload has another length than its chunk")
     if not is_plain.all():
-        values, starts = _decode_others(entries, used, ~is_plain, values, starts, dtype)
+        at = np.flatnonzero(~is_plain)
+        room, begins = _decode_others(entries, used[at], series.dtype)
+        starts = starts.copy()
+        starts[at] = begins + len(values)
+        values = np.concatenate([values, room])
     step_nbytes = np.where(is_single | is_element, 0, nbytes)
-    group = np.cumsum(is_new) - 1
-    start = starts[group] + inner * step_nbytes[group]
+    place = np.zeros(len(entries), np.int64)
+    place[used] = np.arange(len(used))
+    group = place.take(entry)
+    start = starts.take(group) + inner * step_nbytes.take(group)
     first = int(start[0])
     if (np.diff(start) == nbytes).all():
-        return values[first : first + len(start) * nbytes].reshape(len(start), nbytes)
-    return values[start[:, None] + np.arange(nbytes)]
+        rows_: NDArray[np.uint8] = values[first : first + len(start) * nbytes]
+        return rows_.reshape(len(start), nbytes)
+    gathered: NDArray[np.uint8] = values[start[:, None] + np.arange(nbytes)]
+    return gathered
 
 
-def _decode_others(
-    entries: Entries,
-    used: _I64,
-    which: NDArray[np.bool_],
-    values: NDArray[np.uint8],
-    starts: _I64,
-    dtype: str,
-) -> tuple[NDArray[np.uint8], _I64]:
-    """Decode payloads that are not raw, and put the raw chunks behind the inline values."""
-    starts = starts.copy()
-    at = np.flatnonzero(which)
-    rows = entries.rows[used[at]]
+def _decode_others(entries: Entries, used: _I64, dtype: str) -> tuple[NDArray[np.uint8], _I64]:
+    """Decode payloads that are not raw; give the raw chunks in one piece, and where each begins."""
+    rows = entries.rows[used]
     raw_nbytes = rows["raw_nbytes"].astype(np.int64)
     ends = np.cumsum(raw_nbytes)
     begins = ends - raw_nbytes
@@ -147,7 +148,7 @@ def _decode_others(
     is_repeat = (rows["flags"] & layout.ENTRY_REPEAT) != 0
     kept = np.where(is_repeat, 1, rows["count"].astype(np.int64))
     for i, begin, end, coding, n in zip(
-        used[at].tolist(),
+        used.tolist(),
         begins.tolist(),
         ends.tolist(),
         rows["codec"].tolist(),
@@ -155,8 +156,4 @@ def _decode_others(
         strict=True,
     ):
         codec.decode(inline[i], room[begin:end], codec=coding, dtype=dtype, rows=n)
-    if which.all():
-        starts[at] = begins
-        return room, starts
-    starts[at] = begins + len(values)
-    return np.concatenate([values, room]), starts
+    return room, begins

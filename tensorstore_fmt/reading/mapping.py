@@ -61,22 +61,23 @@ def map_view(session: Session, ask: Ask) -> NDArray[Any]:
         if begin + nbytes > shard_nbytes or nbytes != row["raw_nbytes"]:
             raise refuse("the index contradicts itself")
         payload = session.storage.map(shard.path, begin + nbytes)[begin : begin + nbytes]
-        _check(session, shard.path, begin, payload, int(row["crc32c"]), name)
+        key = (shard.path, begin, int(row["crc32c"]))
+        if key not in session.checked:
+            _check(key, payload, name)
+            session.checked.add(key)
         dtype = dtypes.numpy_dtype(assembly.dtype)
         shape = group.touched.boxes[0]
-        array = np.frombuffer(payload, dtype).reshape(-1, *shape)[int(group.inner[0, 0])]
+        array: NDArray[Any] = np.frombuffer(payload, dtype).reshape(-1, *shape)[
+            int(group.inner[0, 0])
+        ]
         array.flags.writeable = False
         return array
 
     return session.do(work)
 
 
-def _check(
-    session: Session, path: str, offset: int, payload: memoryview, crc: int, name: str
-) -> None:
-    key = (path, offset, crc)
-    if key in session.checked:
-        return
+def _check(key: tuple[str, int, int], payload: memoryview, name: str) -> None:
+    path, offset, crc = key
     found = crc32c.crc32c(payload)
     if found != crc:
         raise ChecksumError(
@@ -86,4 +87,3 @@ def _check(
             file=path,
             offset=offset,
         )
-    session.checked.add(key)

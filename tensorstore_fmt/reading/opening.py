@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 from tensorstore_fmt.errors import (
@@ -17,7 +17,7 @@ from tensorstore_fmt.errors import (
 from tensorstore_fmt.format import bundle, layout, runfile, segment
 from tensorstore_fmt.format.runfile import RunInfo
 from tensorstore_fmt.format.segment import Head, Header
-from tensorstore_fmt.reading.view import Cut, Segment, View
+from tensorstore_fmt.reading.view import NO_BYTES, Cut, Segment, View
 from tensorstore_fmt.storage import FileInfo, Listing, Prefix, Range, Storage
 
 __all__ = ["WriterSnapshot", "heal", "maximal", "open_view", "refresh", "restore", "snapshot"]
@@ -257,7 +257,7 @@ class _Bundle:
 
     def __init__(
         self,
-        data: memoryview = memoryview(b""),
+        data: memoryview = NO_BYTES,
         rows: Sequence[bundle.BundleRow] = (),
         problem: Exception | None = None,
     ) -> None:
@@ -281,7 +281,7 @@ class _Bundle:
         """Give the first bytes of a segment that are here; maybe none."""
         row = self._rows.get(name)
         if row is None:
-            return memoryview(b"")
+            return NO_BYTES
         return self._data[row.offset : row.offset + row.nbytes]
 
     def listed(self, storage: Storage) -> Listed:
@@ -306,7 +306,7 @@ class _Candidate:
 
     name: layout.SegmentName
     nbytes: int | None
-    data: memoryview = field(default_factory=lambda: memoryview(b""))
+    data: memoryview = NO_BYTES
     header: Header | None = None
     error: Exception | None = None
 
@@ -475,7 +475,7 @@ class _Loader:
         except (FormatError, FileNotFoundError) as error:
             each.error = error
             return
-        kept = memoryview(b"")
+        kept = NO_BYTES
         if len(each.data) > each.header.head_nbytes and self._kept < _KEPT_NBYTES:
             kept = each.data
             self._kept += len(kept)

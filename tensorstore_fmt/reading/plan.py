@@ -160,8 +160,8 @@ def merge_ranges(
     """Put neighbouring byte ranges together.
 
     A gap is fetched along if it has at most `max_gap_bytes` and, the smallest first, as long
-    as all gaps together are at most `max_waste` times the bytes needed. A range that occurs twice is
-    fetched once. No request that holds more than one range is longer than about
+    as all gaps together are at most `max_waste` times the bytes needed. A range that occurs
+    twice is fetched once. No request that holds more than one range is longer than about
     `max_request_nbytes`.
 
     Parameters
@@ -201,4 +201,5 @@ def _cut_long(joins: NDArray[np.bool_], starts: _I64, stops: _I64, most: int) ->
     if int((np.maximum.reduceat(stops, begins) - starts[begins]).max()) <= most:
         return joins
     piece = (stops - starts[begins][group] - 1) // most
-    return joins & (piece[1:] <= piece[:-1])
+    is_same: NDArray[np.bool_] = piece[1:] <= piece[:-1]
+    return joins & is_same

@@ -39,7 +39,7 @@ class Ask:
     is_single: bool = False
 
 
-def check_name(view: View, name: str) -> None:
+def check_name(view: View, name: object) -> None:
     """Raise `NameNotFoundError`, with names that look alike, if a name is not in the run."""
     if isinstance(name, str) and view.has(name):
         return
@@ -148,7 +148,7 @@ def _nothing(view: View, ask: Ask, line: Timeline) -> NDArray[Any]:
     return np.empty((0, *selection.shape), dtypes.numpy_dtype(name).newbyteorder("="))
 
 
-def _shaped(ask: Ask, array: NDArray[Any]) -> Any:
+def _shaped(ask: Ask, array: NDArray[Any]) -> Any:  # noqa: ANN401 - or a str
     if ask.is_single:
         if array.ndim == 1 and array.dtype == object:
             return array[0]

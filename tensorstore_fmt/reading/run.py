@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import translate
 from types import TracebackType
 from typing import Any, Literal, Self, SupportsIndex
-
-import re
 
 import numpy as np
 import pyarrow as pa
@@ -20,12 +20,10 @@ from tensorstore_fmt.errors import (
     StepNotFoundError,
     StepNotYetWrittenError,
 )
-from tensorstore_fmt.format import layout
 from tensorstore_fmt.reading import display, follow, steptable, tables
-from tensorstore_fmt.reading.absence import absence
 from tensorstore_fmt.reading.entries import Query
 from tensorstore_fmt.reading.modes import MODE_NAMES, mode_number
-from tensorstore_fmt.reading.reader import check_name, read, visible
+from tensorstore_fmt.reading.reader import check_name, read
 from tensorstore_fmt.reading.selection import Index
 from tensorstore_fmt.reading.session import Session
 from tensorstore_fmt.reading.steps import step_number
@@ -36,11 +34,13 @@ __all__ = ["Run", "State", "open_run"]
 State = Literal["here", "not_yet", "never", "dropped", "unreadable"]
 
 
-def open_run(url: str, *, storage_options: Mapping[str, object] | None = None) -> Run:
+def open_run(
+    url: str | os.PathLike[str], *, storage_options: Mapping[str, object] | None = None
+) -> Run:
     """Open a run to read it; no tensor data is read.
 
-    One round of requests if all of the index that this needs is in the bundle, two if it fits the
-    first 512 KiB of each segment, else three.
+    One round of requests if all of the index that this needs is in the bundle, two if it fits
+    the first 512 KiB of each segment, else three.
 
     Parameters
     ----------
@@ -63,7 +63,7 @@ def open_run(url: str, *, storage_options: Mapping[str, object] | None = None) -
     RuntimeWarning
         The index is damaged; see `Run.damage`.
     """
-    session = Session(url, storage_options)
+    session = Session(os.fspath(url), storage_options)
     session.view  # noqa: B018 - looks at the run
     return Run(session)
 
@@ -71,8 +71,8 @@ def open_run(url: str, *, storage_options: Mapping[str, object] | None = None) -
 class Run:
     """A run as it was when it was opened or last refreshed: a mapping from names to `Tensor`.
 
-    Threads and forked processes may share it. It pickles as its URL and what it shows, and shows the
-    same steps where it is unpickled. Made by `open_run`.
+    Threads and forked processes may share it. It pickles as its URL and what it shows, and shows
+    the same steps where it is unpickled. Made by `open_run`.
     """
 
     def __init__(self, session: Session) -> None:
@@ -339,8 +339,8 @@ class Run:
     def table(self) -> pa.Table:
         """Give the index as an Arrow table.
 
-        One row per (name, kind, mode, worker, attempt, dtype, shape), with first_step, last_step, steps,
-        raw_nbytes and stored_nbytes.
+        One row per (name, kind, mode, worker, attempt, dtype, shape), with first_step, last_step,
+        steps, raw_nbytes and stored_nbytes.
         """
         return tables.index_table(self._session.view)
 

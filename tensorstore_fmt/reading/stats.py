@@ -134,7 +134,7 @@ def read_stats(session: Session, query: Query, wanted: StepSet) -> Stats:
 
 
 def _missing(view: View, query: Query, data: Timeline, stats: Timeline, step: int) -> Exception:
-    facts: dict[str, object] = {"name": query.name, "step": step}
+    facts: dict[str, Any] = {"name": query.name, "step": step}
     if (stats.step == step).any():
         return FormatError(
             f"{describe_query(query)}: the statistics of step {step} do not cover the whole tensor",

@@ -43,6 +43,15 @@ class StepSet:
     exact: _I64 | None = None
     order: _I64 | None = None
 
+    def has_all(self, saved: _I64) -> bool:
+        """Say whether all of the saved steps, at least one, are meant."""
+        return bool(
+            self.exact is None
+            and self.stride == 1
+            and self.low <= saved[0]
+            and saved[-1] <= self.high
+        )
+
     def of_saved(self, saved: _I64) -> NDArray[np.bool_]:
         """Say which of the saved steps are meant."""
         if self.exact is not None:

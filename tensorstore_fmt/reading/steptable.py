@@ -44,7 +44,7 @@ def logged_steps(
     session: Session, mode: int | None, low: int = 0, high: int = layout.MAX_STEP
 ) -> _I64:
     """Give the steps that any worker logged in a mode (None: any), ascending, once each."""
-    return session.do(lambda view: np.unique(_line(view, session, mode, low, high).step))
+    return session.do(lambda view: _line(view, session, mode, low, high).steps)
 
 
 def step_rows(

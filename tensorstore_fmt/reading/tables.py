@@ -134,10 +134,8 @@ def scalars_table(session: Session, names: Sequence[str] | None) -> pa.Table:
         for name, every in zip(wanted, lines, strict=True):
             line = every.saved()
             sources = line.found.sources
-            # By mode and worker; a stable sort by step follows.
-            for number in sorted(
-                range(len(sources)), key=lambda i, of=sources: (of[i].series.mode, of[i].worker)
-            ):
+            # A stable sort by step follows.
+            for number in _by_mode_and_worker(sources):
                 rows = np.flatnonzero(line.source == number)
                 if len(rows) and _is_scalar(sources[number]):
                     chosen = Chosen(
@@ -151,6 +149,10 @@ def scalars_table(session: Session, names: Sequence[str] | None) -> pa.Table:
         return _joined(session, [_by_step(tables) for tables in by_name.values()])
 
     return session.do(work)
+
+
+def _by_mode_and_worker(sources: Sequence[Source]) -> list[int]:
+    return sorted(range(len(sources)), key=lambda i: (sources[i].series.mode, sources[i].worker))
 
 
 def _by_step(tables: Sequence[pa.Table]) -> pa.Table:
@@ -211,7 +213,7 @@ def statistics_table(session: Session, names: Sequence[str] | None) -> pa.Table:
     Columns name, step, mode, worker, the ten of the spec, mean, std, l2. Values that lie in
     the index have none of their own: see `Tensor.stats`.
     """
-    tables = []
+    tables: list[pa.Table] = []
 
     def work(view: View) -> None:
         wanted = [n for n in _names(view, names) if view.sources(n, layout.KIND_STATS)]

@@ -20,7 +20,7 @@ from tensorstore_fmt.reading.reader import Ask, check_name, read, visible
 from tensorstore_fmt.reading.selection import Index
 from tensorstore_fmt.reading.session import Session
 from tensorstore_fmt.reading.stats import Stats, read_stats
-from tensorstore_fmt.reading.steps import StepSet, Steps, step_number, step_set
+from tensorstore_fmt.reading.steps import Steps, StepSet, step_number, step_set
 from tensorstore_fmt.reading.timeline import timelines
 from tensorstore_fmt.reading.view import Source, View
 
@@ -135,8 +135,7 @@ class Tensor:
 
         Shape (n,), int64, ascending, without repetition.
         """
-        line = visible(self._session, self._query).saved()
-        return line.step.copy() if len(line) < 2 else np.unique(line.step)
+        return visible(self._session, self._query).saved().steps
 
     def shape_at(self, step: SupportsIndex) -> tuple[int, ...]:
         """Give the shape at one step.
@@ -209,20 +208,20 @@ class Tensor:
         mode: str | None = None,
         worker: int | None = None,
         attempt: int | None = None,
-    ) -> Any:
+    ) -> Any:  # noqa: ANN401 - an array or, of one string, a str
         """Read a slice at one step, or stacked over several.
 
-        Fetches only the chunks that `index` touches (spec, "Reading a slice"): at most one round of
-        requests for the index and one for the data (more only beyond 64 MiB).
+        Fetches only the chunks that `index` touches (spec, "Reading a slice"): at most one round
+        of requests for the index and one for the data (more only beyond 64 MiB).
 
         Parameters
         ----------
         step
             One step. Negative numbers do not count from the end: use ``.steps[-1]``.
         steps
-            A half-open slice of step numbers (with a stride: every stride-th number from its
-            start on), exactly the steps of a sequence, or None for all that were saved. Of a slice the
-            steps that were saved count.
+            A half-open slice of step numbers, of which the saved ones are taken (with a stride:
+            every stride-th number from its start on); exactly the steps of a sequence; or None
+            for all that were saved.
         index
             What to take of the tensor, as NumPy's basic indexing (`numpy.s_` helps).
         mode, worker, attempt
@@ -292,8 +291,8 @@ class Tensor:
         Returns
         -------
         ndarray
-            Read-only; its memory is the shard itself. Its checksum is checked at the first call for
-            this payload. If somebody cuts the file short later, access kills the process.
+            Read-only; its memory is the shard itself. Its checksum is checked at the first call
+            for this payload. If somebody cuts the file short later, access kills the process.
 
         Raises
         ------
@@ -346,8 +345,8 @@ class Tensor:
         values = np.asarray(self.read())
         if values.size != len(steps):
             raise ArgumentError(
-                f"{self.name!r} has {values.size // max(len(steps), 1)} elements a step; only scalars "
-                "make a table"
+                f"{self.name!r} has {values.size // max(len(steps), 1)} elements a step; only "
+                "scalars make a table"
             )
         values = values.reshape(-1)
         if self.dtype_name == dtypes.STRING:
@@ -409,10 +408,14 @@ class TensorAt:
         self._tensor = tensor
         self._step = step
 
-    def __getitem__(self, index: Index) -> Any:
+    def __getitem__(self, index: Index) -> Any:  # noqa: ANN401 - as `read`
         return self._tensor.read(step=self._step, index=index)
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+    def __array__(
+        self,
+        dtype: np.dtype[Any] | None = None,
+        copy: bool | None = None,  # noqa: FBT001 - NumPy's protocol
+    ) -> NDArray[Any]:
         if copy is False:
             raise ValueError("reading makes a copy; use .view(step=...) for a view")
         array = np.asarray(self._tensor.read(step=self._step))

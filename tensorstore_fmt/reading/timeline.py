@@ -45,10 +45,16 @@ class Timeline:
     @property
     def is_dropped(self) -> NDArray[np.bool_]:
         """Whether the writer dropped it."""
-        dropped: NDArray[np.bool_] = self.found.entries.rows["codec"][self.row] == (
-            layout.CODEC_DROPPED
-        )
-        return dropped
+        dropped: NDArray[np.bool_] = self.found.entries.rows["codec"] == layout.CODEC_DROPPED
+        return dropped.take(self.row)
+
+    @property
+    def steps(self) -> _I64:
+        """All steps, ascending, once each; the caller owns the array."""
+        step = self.step
+        if len(step) < 2:
+            return step.copy()
+        return step[np.concatenate([[True], step[1:] != step[:-1]])]
 
     def take(self, keep: NDArray[np.bool_] | _I64) -> Timeline:
         """Give some of the rows."""
@@ -56,8 +62,9 @@ class Timeline:
 
     def saved(self) -> Timeline:
         """Give the rows that were not dropped."""
-        dropped = self.is_dropped
-        return self.take(~dropped) if dropped.any() else self
+        if not (self.found.entries.rows["codec"] == layout.CODEC_DROPPED).any():
+            return self
+        return self.take(~self.is_dropped)
 
 
 def timelines(view: View, pages: Pages, queries: Sequence[Query]) -> list[Timeline]:
@@ -70,13 +77,13 @@ def timelines(view: View, pages: Pages, queries: Sequence[Query]) -> list[Timeli
     LimitError
         The entries claim more steps than a reader lists.
     """
-    lines = {query: view.lines.get(query) for query in queries}
-    unknown = [query for query, line in lines.items() if line is None]
+    lines: dict[Query, Timeline | None] = {query: view.lines.get(query) for query in queries}
+    unknown = [query for query, known in lines.items() if known is None]
     for query, found in zip(unknown, find(view, pages, unknown), strict=True):
         line = _resolve(view, found)
         view.lines.put(query, line, _ROW_NBYTES * len(found.entries) + 24 * len(line))
         lines[query] = line
-    return [line for query in queries if (line := lines[query]) is not None]
+    return [known for query in queries if (known := lines[query]) is not None]
 
 
 def _resolve(view: View, found: Found) -> Timeline:

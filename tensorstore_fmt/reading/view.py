@@ -18,6 +18,7 @@ from tensorstore_fmt.reading.cache import Cache
 
 __all__ = ["Cut", "Segment", "Source", "View", "Writer", "step_key"]
 
+NO_BYTES: Final = memoryview(b"")
 _ALL: Final = layout.MAX_STEP + 1
 _MAX_LINES_NBYTES: Final = 16 * 1024 * 1024
 
@@ -68,7 +69,7 @@ class Segment:
         self,
         name: layout.SegmentName,
         head: Head,
-        kept: memoryview = memoryview(b""),
+        kept: memoryview = NO_BYTES,
         cut: Cut | None = None,
     ) -> None:
         self.name = name

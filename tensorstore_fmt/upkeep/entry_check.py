@@ -15,6 +15,7 @@ from tensorstore_fmt.errors import FormatError, UnsupportedError
 from tensorstore_fmt.format import codec, grid, layout, strings
 from tensorstore_fmt.format.catalog import Series
 from tensorstore_fmt.format.page import Entries
+from tensorstore_fmt.format.segment import Catalog
 from tensorstore_fmt.upkeep.claims import Claims, names_of
 from tensorstore_fmt.upkeep.report import Problem
 from tensorstore_fmt.upkeep.segment_file import SegmentFile
@@ -67,6 +68,15 @@ class EntryChecker:
         Its problems get what is found.
     claims
         Gets the chunks that lie in shards.
+
+    Attributes
+    ----------
+    entries, inline_chunks
+        How many were checked.
+    logged
+        Per mode, what the step table says: (step, stride, count).
+    halves
+        Series with steps of which a chunk is missing; after `finish`.
     """
 
     def __init__(self, file: SegmentFile, claims: Claims) -> None:
@@ -82,7 +92,13 @@ class EntryChecker:
         self.entries = 0
         self.inline_chunks = 0
         self.logged: dict[int, list[Run]] = {}
+        self.halves: list[tuple[int, list[int]]] = []
         claims.need(self._head.shards)
+
+    @property
+    def catalog(self) -> Catalog:
+        """The series of the segment."""
+        return self._head.catalog
 
     def report(
         self, number: int, entries: Entries | None, mask: np.ndarray, what: str, code: str = "malformed"
@@ -389,7 +405,8 @@ class _Boxes:
         self._close()
         for series, what, runs in self._found:
             if series not in lost:
-                name = self._checker._head.catalog.names[series]
+                name = self._checker.catalog.names[series]
+                self._checker.halves.append((series, [run[0] for run in runs]))
                 names = names_of((name, *run) for run in runs) or ((name, ()),)
                 self._checker.problem(what, names=names)
 

@@ -10,7 +10,21 @@ from tensorstore_fmt.format import bundle, layout, runfile, segment
 from tensorstore_fmt.storage import FileInfo, Listing, Prefix, Range, Storage
 from tensorstore_fmt.upkeep.segment_file import SegmentFile
 
-__all__ = ["Inventory", "children", "gaps", "maximal", "overlaps", "read_inventory"]
+__all__ = [
+    "SET_ASIDE",
+    "Inventory",
+    "children",
+    "closed_writers",
+    "gaps",
+    "is_known_loss",
+    "is_run_closed",
+    "list_segments",
+    "list_shards",
+    "maximal",
+    "overlaps",
+    "read_inventory",
+    "spoken_for",
+]
 
 SET_ASIDE = ".damaged"
 """What `recover` puts behind the name of a file that it takes out of sight."""
@@ -44,6 +58,7 @@ class Inventory:
     bundle: list[bundle.BundleRow] | None = None
     bundle_error: Exception | None = None
     bundle_bytes: bytes = b""
+    had_bundle: bool = False
 
     def writers(self) -> list[layout.WriterKey]:
         """Give all writers that have a segment."""
@@ -253,3 +268,45 @@ def is_known_loss(files: Sequence[SegmentFile]) -> tuple[int, int] | None:
     if any(f.name.first <= gap <= f.name.last for f in files):
         return None
     return gap, gap
+
+
+# --- who is closed ----------------------------------------------------------------------
+
+
+def newest_headers(headers: Iterable[segment.Header]) -> dict[layout.WriterKey, segment.Header]:
+    """Give the newest header of each writer: what holds for it."""
+    newest: dict[layout.WriterKey, segment.Header] = {}
+    for header in headers:
+        known = newest.get(header.key)
+        if known is None or header.last_flush > known.last_flush:
+            newest[header.key] = header
+    return newest
+
+
+def spoken_for(header: segment.Header) -> layout.WriterKey:
+    """Give the writer that this one recovers."""
+    key = header.key
+    return layout.WriterKey(worker=key.worker, attempt=key.attempt, writer=header.recovers)
+
+
+def closed_writers(headers: Iterable[segment.Header]) -> set[layout.WriterKey]:
+    """Give the writers that are closed, or that a closed one speaks for (chains included)."""
+    newest = newest_headers(headers)
+    closed = {key for key, header in newest.items() if header.is_closed}
+    while True:
+        spoken = {spoken_for(newest[k]) for k in closed & newest.keys() if newest[k].recovers}
+        if spoken <= closed:
+            return closed
+        closed |= spoken
+
+
+def is_run_closed(headers: Sequence[segment.Header]) -> bool:
+    """Say whether the newest attempt is finished (spec, "What is visible")."""
+    if not headers:
+        return False
+    newest = newest_headers(headers)
+    attempt = max(key.attempt for key in newest)
+    same = {key: header for key, header in newest.items() if key.attempt == attempt}
+    workers = {key.worker for key in same}
+    wanted = max(h.num_workers for h in headers if h.key.attempt == attempt)
+    return workers >= set(range(wanted)) and same.keys() <= closed_writers(headers)

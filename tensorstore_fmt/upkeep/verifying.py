@@ -15,6 +15,7 @@ from tensorstore_fmt.upkeep.inventory import (
     SET_ASIDE,
     Inventory,
     children,
+    closed_writers,
     gaps,
     is_known_loss,
     list_segments,
@@ -22,6 +23,7 @@ from tensorstore_fmt.upkeep.inventory import (
     maximal,
     overlaps,
     read_inventory,
+    spoken_for,
 )
 from tensorstore_fmt.upkeep.lost import Logged, lost_of_head, lost_of_page, merge_names
 from tensorstore_fmt.upkeep.report import Names, Problem, VerifyReport
@@ -281,7 +283,7 @@ class _Verification:
                     what = f"names {row.name.path}, which was merged since"
                     self._problem("outdated", layout.BUNDLE, what, is_note=True)
                 continue
-            if _differs(self._storage, self._files[row.name], copy):
+            if differs(self._storage, self._files[row.name], copy):
                 what = f"the copy of {row.name.path} differs from it; only a cache: nothing is lost"
                 if self._files[row.name].is_whole:
                     self._problem("checksum", layout.BUNDLE, what, offset=row.offset)
@@ -298,7 +300,7 @@ class _Verification:
         headers = [f.header for f in self._files.values() if f.header is not None]
         closed = closed_writers(headers)
         known = {h.key for h in headers} | {n.key for n in self._files}
-        known |= {WriterRef(h) for h in headers if h.recovers}
+        known |= {spoken_for(h) for h in headers if h.recovers}
         for name in self._claims.shards():
             if name not in listed:
                 self._problem(
@@ -364,28 +366,6 @@ class _Verification:
                 self._problem("leftover", layout.lock_path(key), what, is_note=True)
 
 
-def WriterRef(header: segment.Header) -> layout.WriterKey:  # noqa: N802
-    """Give the writer that one recovers."""
-    return layout.WriterKey(
-        worker=header.key.worker, attempt=header.key.attempt, writer=header.recovers
-    )
-
-
-def closed_writers(headers: list[segment.Header]) -> set[layout.WriterKey]:
-    """Give the writers that are closed, or that a closed one speaks for (chains included)."""
-    newest: dict[layout.WriterKey, segment.Header] = {}
-    for header in headers:
-        known = newest.get(header.key)
-        if known is None or header.last_flush > known.last_flush:
-            newest[header.key] = header
-    closed = {key for key, header in newest.items() if header.is_closed}
-    while True:
-        spoken = {WriterRef(newest[key]) for key in closed & newest.keys() if newest[key].recovers}
-        if spoken <= closed:
-            return closed
-        closed |= spoken
-
-
 def _spare_head(spare: bytes, name: layout.SegmentName) -> segment.Head | None:
     try:
         return segment.decode_head(segment.decode_header(spare, where=name.path, name=name), spare)
@@ -393,7 +373,7 @@ def _spare_head(spare: bytes, name: layout.SegmentName) -> segment.Head | None:
         return None
 
 
-def _differs(storage: Storage, file: SegmentFile, copy: bytes) -> bool:
+def differs(storage: Storage, file: SegmentFile, copy: bytes) -> bool:
     """Compare the first bytes of a segment with a copy of them."""
     if len(copy) > file.nbytes:
         return True

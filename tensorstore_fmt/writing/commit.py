@@ -65,15 +65,9 @@ def _without_replaced(
 ) -> list[PendingEntry]:
     """Remove steps that were saved again in the same flush.
 
-    Saves of several steps with a replaced one in their middle never get here: `Staging`
-    sends them out before it takes the step again.
+    Such saves hold one step: `Staging.is_shared` sees to that.
     """
-    kept = []
-    for entry in entries:
-        gone = replaced.get(id(entry.save))
-        if gone is None or entry.step not in gone:
-            kept.append(entry)
-    return kept
+    return [e for e in entries if e.step not in replaced.get(id(e.save), ())]
 
 
 def _placed(data: bytes, codec_number: int) -> Placed:

@@ -70,6 +70,7 @@ class Committer:
         self._synced = -1
         self._wanted_synced = -1
         self._is_stopping = False
+        self._is_tainted = False
         self._carried: list[tuple[int, list[PendingEntry]]] = []
         self.dropped = 0
         self._thread = threading.Thread(
@@ -121,8 +122,9 @@ class Committer:
             generation.done.wait_for(lambda: generation.outstanding == 0)
         is_there = is_synced = False
         try:
-            is_there = self._commit(taken, durable=durable, is_last=is_last)
-            if is_there and durable:
+            is_stored = self._store(durable=durable)
+            is_there = self._commit(taken, is_last=is_last)
+            if is_there and is_stored and durable:
                 self._sync()
                 is_synced = True
         except Exception as error:  # noqa: BLE001 - whatever it is, training goes on; it is counted
@@ -135,9 +137,19 @@ class Committer:
                 self._synced = generation.number
             self._changed.notify_all()
 
-    def _commit(self, taken: Taken, *, durable: bool, is_last: bool) -> bool:
+    def _store(self, *, durable: bool) -> bool:
+        """Write the payloads that wait; what is lost by a failure is known to its entries."""
+        try:
+            self._sink.flush(durable=durable)
+        except OSError as error:
+            # What was published before, and not synced, cannot be made safe any more.
+            self._is_tainted |= durable and self._committed > self._synced
+            self._failures.note(error)
+            return False
+        return not self._is_tainted
+
+    def _commit(self, taken: Taken, *, is_last: bool) -> bool:
         generation = taken.generation
-        self._sink.flush(durable=durable)
         entries, dropped = collect(generation)
         self.dropped += dropped
         # What an earlier flush could not publish, or had nothing to: the range covers it.
@@ -162,7 +174,8 @@ class Committer:
         return True
 
     def _sync(self) -> None:
-        self._storage.sync([layout.RUN_JSON, *self._sink.take_unsynced()])
+        if self._synced < 0:
+            self._storage.sync([layout.RUN_JSON])
         self._segments.sync()
 
     def _bound_carried(self) -> None:

@@ -9,12 +9,13 @@ import threading
 import time
 import warnings
 import weakref
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self
 
-from tensorstore_fmt.errors import ArgumentError, ClosedError
+from tensorstore_fmt.errors import ArgumentError, ClosedError, TensorStoreError
 from tensorstore_fmt.format import layout, segment
 from tensorstore_fmt.storage import Storage, open_storage
 from tensorstore_fmt.writing import closing
@@ -296,6 +297,7 @@ class RunWriter:
         self._pool = EncoderPool(self._sink, options, quota=self._quota, failures=self._failures)
         self._staging = Staging(options, self._send)
         self._generation = Generation(1)
+        self._ended: deque[Taken] = deque()
         self._committer = Committer(
             storage,
             options,
@@ -383,6 +385,8 @@ class RunWriter:
         scalars, tensors = self._snapshots(data, number)
         with self._lock:
             self._check_usable()
+            if any(self._staging.is_shared(self._generation, t[1], step) for t in tensors):
+                self._end_generation_early()
             generation = self._generation
             self._stamp(generation, step, number)
             floats = generation.floats
@@ -487,8 +491,9 @@ class RunWriter:
         Returns
         -------
         bool
-            False if the storage failed (with ``on_error="warn"``): it will be tried again with
-            the next flush.
+            False if the storage failed (with ``on_error="warn"``). What could not be published
+            is tried again with the next flush. After a failed sync, `durable` flushes stay
+            False if something visible may be lost at a power cut.
 
         Raises
         ------
@@ -506,13 +511,22 @@ class RunWriter:
         return is_safe
 
     def _take(self, is_last: bool) -> Taken:  # noqa: FBT001 - the committer's protocol
-        """Begin the next generation; the committer calls this."""
+        """Give the oldest generation that was not committed; the committer calls this."""
         with self._lock:
-            generation = self._generation
-            self._generation = Generation(generation.number + 1)
-            self._staging.finish(generation)
-            steps = self._max_step if is_last else self._complete
-            return Taken(generation, (steps[0], steps[1], steps[2], steps[3]))
+            return self._ended.popleft() if self._ended else self._end_generation(is_last=is_last)
+
+    def _end_generation(self, *, is_last: bool = False) -> Taken:
+        generation = self._generation
+        self._generation = Generation(generation.number + 1)
+        self._staging.finish(generation)
+        steps = self._max_step if is_last else self._complete
+        return Taken(generation, (steps[0], steps[1], steps[2], steps[3]))
+
+    def _end_generation_early(self) -> None:
+        """Let what follows be published later than what is there."""
+        taken = self._end_generation()
+        self._ended.append(taken)
+        self._committer.request(taken.generation.number)
 
     def _check_usable(self) -> None:
         if os.getpid() != self._pid:
@@ -547,7 +561,6 @@ class RunWriter:
         self._sink.close()
         self._segments.stop()
         try:
-            self._storage.sync(self._sink.take_unsynced())
             closing.finish(self._storage, self._joined.info.run_id, self._segments)
             self._os_lock.release()
             self._storage.delete([layout.lock_path(self._key)])
@@ -616,4 +629,9 @@ _open_writers: weakref.WeakSet[RunWriter] = weakref.WeakSet()
 @atexit.register
 def _close_all() -> None:
     for run in list(_open_writers):
-        run.close()
+        try:
+            run.close()
+        except TensorStoreError as error:  # the others want to be closed too
+            warnings.warn(
+                f"{run.url}: closing at exit failed: {error}", RuntimeWarning, stacklevel=1
+            )

@@ -44,7 +44,8 @@ class ShardSink:
         self._number = 0
         self._encoder: ShardEncoder | None = None
         self._appender: Appender | None = None
-        self._unsynced: list[str] = []
+        self._is_named = False  # whether the open shard's name was synced
+        self._unsynced: list[str] = []  # shards that were left without being synced
         self._in_shard: list[Placed] = []  # of the open shard, not yet synced
         self.stored_nbytes = 0
 
@@ -77,11 +78,6 @@ class ShardSink:
             self._write(self._take())
             self._seal()
 
-    def take_unsynced(self) -> list[str]:
-        """Give paths of shards whose directory entries were not synced yet."""
-        paths, self._unsynced = self._unsynced, []
-        return paths
-
     def _take(self) -> list[tuple[ShardRow, Placed]]:
         pairs, self._rows, self._nbytes = self._rows, [], 0
         return pairs
@@ -101,7 +97,7 @@ class ShardSink:
             encoder = ShardEncoder(self._run_id, name)
             if self._storage.is_local:
                 self._appender = self._storage.create(name.path)
-                self._unsynced.append(name.path)
+                self._is_named = False
             self._encoder = encoder
         parts, offsets = encoder.batch([row for row, _ in pairs])
         if self._appender is not None:
@@ -120,14 +116,21 @@ class ShardSink:
             self._seal()
 
     def _sync(self) -> None:
+        if self._unsynced:
+            self._storage.sync(self._unsynced)
+            self._unsynced = []
         if self._appender is None:
             return
         try:
             self._appender.sync()
+            if not self._is_named:
+                self._storage.sync([self._appender.path])
+                self._is_named = True
         except OSError:
             # What of it no segment names yet may be gone (spec, "Duties of a writer", 4).
             for placed in self._in_shard:
                 placed.is_lost = True
+            self._in_shard.clear()
             self._drop_shard()
             raise
         self._in_shard.clear()
@@ -144,8 +147,10 @@ class ShardSink:
 
     def _drop_shard(self) -> None:
         self._encoder = None
-        self._in_shard.clear()
         if self._appender is not None:
+            if self._in_shard:
+                self._unsynced.append(self._appender.path)
+                self._in_shard.clear()
             self._appender.close()
             self._appender = None
 

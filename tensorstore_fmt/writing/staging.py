@@ -112,6 +112,16 @@ class Staging:
         else:
             self._save(generation, Save(kept, [step], [array], nbytes))
 
+    def is_shared(self, generation: Generation, kept: Kept, step: int) -> bool:
+        """Say whether a chunk of this generation holds the step together with others.
+
+        Then it cannot be taken back: the step has to be saved again by a later flush.
+        """
+        return step <= kept.group.last_step and any(
+            len(save.steps) > 1 and save.kept.group is kept.group and step in save.steps
+            for save in generation.saves
+        )
+
     def forget(self, generation: Generation, group: Group, step: int) -> None:
         """Remove what this generation holds of a step that is being saved again.
 

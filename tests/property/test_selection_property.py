@@ -13,11 +13,13 @@ from tensorstore_fmt.format.grid import chunk_box, n_chunks
 from tensorstore_fmt.reading.plan import merge_ranges, touched_chunks
 from tensorstore_fmt.reading.selection import normalize
 
+Case = tuple[tuple[int, ...], tuple[int, ...], object]
+
 shapes = st.lists(st.integers(0, 9), max_size=4).map(tuple)
 
 
 @st.composite
-def selections(draw):
+def selections(draw: st.DrawFn) -> Case:
     shape = draw(shapes)
     grid = tuple(draw(st.integers(0, n + 2)) for n in shape)
     index = draw(basic_indices(shape, allow_newaxis=False))
@@ -25,7 +27,7 @@ def selections(draw):
 
 
 @given(selections())
-def test_chunks_put_together_are_what_numpy_gives(case):
+def test_chunks_put_together_are_what_numpy_gives(case: Case) -> None:
     shape, grid, index = case
     whole = np.arange(math.prod(shape)).reshape(shape)
     expected = np.asarray(whole[index])
@@ -55,7 +57,7 @@ def test_chunks_put_together_are_what_numpy_gives(case):
 
 
 @given(selections(), st.data())
-def test_boxes_of_parts_cut_a_selection(case, data):
+def test_boxes_of_parts_cut_a_selection(case: Case, data: st.DataObject) -> None:
     shape, _, index = case
     if not shape or 0 in shape:
         return
@@ -77,7 +79,9 @@ ranges = st.lists(
 
 
 @given(ranges, st.integers(0, 300), st.integers(1, 2000))
-def test_requests_hold_all_ranges_and_little_else(items, gap, most):
+def test_requests_hold_all_ranges_and_little_else(
+    items: list[tuple[int, int, int]], gap: int, most: int
+) -> None:
     file, offset, nbytes = np.array(items, np.int64).reshape(-1, 3).T
     merged = merge_ranges(file, offset, nbytes, max_gap_bytes=gap, max_request_nbytes=most)
     needed = set()

@@ -24,6 +24,8 @@ from tensorstore_fmt.format.shard import ShardEncoder, ShardRow
 
 RUN_ID = bytes(range(16))
 
+_Stored = tuple[bytes, int]  # a payload, and the length of its raw chunk
+
 
 @dataclass(frozen=True, kw_only=True)
 class Put:
@@ -242,12 +244,10 @@ def _rows(put: Put, flush: int) -> Iterable[_Row]:
     if value is None:
         inline = {"shard": layout.INLINE_SHARD, "offset": 0}
         yield _finish(
-            put,
             series,
             base | inline | {"chunk": 0, "codec": layout.CODEC_DROPPED, "flags": 0},
             dims,
-            b"",
-            0,
+            (b"", 0),
         )
         return
     kept = 1 if put.repeat else put.count
@@ -256,15 +256,17 @@ def _rows(put: Put, flush: int) -> Iterable[_Row]:
             continue
         box = grid.chunk_box(shape, lengths, chunk)
         part = value[(slice(None), *(slice(a, b) for a, b in box))]
-        payload, raw_nbytes = _payload(put, part, dtype, kept)
+        stored = _payload(put, part, dtype, kept)
         columns = base | {
             "chunk": chunk,
             "codec": put.codec,
             "flags": layout.ENTRY_REPEAT if put.repeat else 0,
         }
-        if put.inline or not payload:
+        if put.inline or not stored[0]:
             columns |= {"shard": layout.INLINE_SHARD, "offset": 0}
-        yield _finish(put, series, columns, dims, payload, raw_nbytes)
+        row = _finish(series, columns, dims, stored)
+        row.columns |= put.change or {}
+        yield row
 
 
 def _value(put: Put) -> tuple[np.ndarray | None, str, tuple[int, ...]]:
@@ -283,7 +285,7 @@ def _value(put: Put) -> tuple[np.ndarray | None, str, tuple[int, ...]]:
     return array, dtype, array.shape[1:]
 
 
-def _payload(put: Put, part: np.ndarray, dtype: str, kept: int) -> tuple[bytes, int]:
+def _payload(put: Put, part: np.ndarray, dtype: str, kept: int) -> _Stored:
     if dtype == dtypes.STRING:
         raw = strings.pack_strings(part.reshape(-1).tolist()) if part.size else b""
         return raw, len(raw)
@@ -296,19 +298,15 @@ def _payload(put: Put, part: np.ndarray, dtype: str, kept: int) -> tuple[bytes, 
 
 
 def _finish(
-    put: Put,
-    series: tuple[Any, ...],
-    columns: dict[str, int],
-    dims: tuple[int, ...],
-    payload: bytes,
-    raw_nbytes: int,
+    series: tuple[Any, ...], columns: dict[str, int], dims: tuple[int, ...], stored: _Stored
 ) -> _Row:
+    payload, raw_nbytes = stored
     columns |= {
         "nbytes": len(payload),
         "raw_nbytes": raw_nbytes,
         "crc32c": crc32c.crc32c(payload),
     }
-    return _Row(series, columns | (put.change or {}), dims, payload)
+    return _Row(series, columns, dims, payload)
 
 
 def _series(identity: tuple[Any, ...], **sums: int) -> Series:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pickle
 import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from support.build_run import Put, RunBuilder, step_row
+from support.build_run import Put, RunBuilder, WriterBuilder, step_row
 
 from tensorstore_fmt.errors import (
     ChecksumError,
@@ -26,24 +29,24 @@ from tensorstore_fmt.testing.storage import CountingStorage
 
 
 @pytest.fixture
-def build(tmp_path):
+def build(tmp_path: Path) -> RunBuilder:
     return RunBuilder(tmp_path / "run", attrs={"lr": 0.1})
 
 
-def counting(build):
+def counting(build: RunBuilder) -> tuple[Run, CountingStorage]:
     storage = CountingStorage(open_storage(build.url, writable=False))
     return Run(Session(build.url, None, storage=storage)), storage
 
 
-def value(step):
+def value(step: int) -> np.float32:
     return np.float32(step)
 
 
-def put(step, **more):
+def put(step: int, **more: Any) -> Put:
     return Put(step=step, value=value(step), inline=True, **more)
 
 
-def test_what_is_not_a_run(tmp_path):
+def test_what_is_not_a_run(tmp_path: Path) -> None:
     with pytest.raises(NotARunError):
         open_run(str(tmp_path))
     with pytest.raises(NotARunError):
@@ -53,7 +56,7 @@ def test_what_is_not_a_run(tmp_path):
         open_run(str(tmp_path))
 
 
-def test_a_run_without_writers(build):
+def test_a_run_without_writers(build: RunBuilder) -> None:
     run = open_run(build.url)
     assert (run.names(), run.workers, run.attempts, run.num_workers) == ([], [], [], 0)
     assert not run.is_closed
@@ -63,7 +66,7 @@ def test_a_run_without_writers(build):
     assert not run.is_complete(0)
 
 
-def test_rounds_of_opening_and_reading(build):
+def test_rounds_of_opening_and_reading(build: RunBuilder) -> None:
     w = build.writer()
     w.flush(put(0), Put(name="y", step=0, value=np.zeros((100, 100))), closed=True)
     run, storage = counting(build)
@@ -84,7 +87,7 @@ def test_rounds_of_opening_and_reading(build):
         assert storage.rounds == (1 if whole else 2)
 
 
-def test_opening_touches_no_entry_page(build):
+def test_opening_touches_no_entry_page(build: RunBuilder) -> None:
     build.writer().flush(*(put(s, name=f"n{s}") for s in range(50)))
     build.bundle(whole=False)
     run, storage = counting(build)
@@ -98,7 +101,7 @@ def test_opening_touches_no_entry_page(build):
     assert storage.rounds == 1
 
 
-def test_refresh_without_news_is_one_listing(build):
+def test_refresh_without_news_is_one_listing(build: RunBuilder) -> None:
     w = build.writer()
     w.flush(put(0))
     run, storage = counting(build)
@@ -114,7 +117,7 @@ def test_refresh_without_news_is_one_listing(build):
     assert run["x"].read().tolist() == [0, 1]
 
 
-def test_a_bundle_never_says_what_exists(build):
+def test_a_bundle_never_says_what_exists(build: RunBuilder) -> None:
     w = build.writer()
     w.flush(put(0))
     w.flush(put(1))
@@ -130,10 +133,10 @@ def test_a_bundle_never_says_what_exists(build):
         assert open_run(build.url)["x"].read().tolist() == [0, 1, 2]
 
 
-def test_maximal_segments():
+def test_maximal_segments() -> None:
     key = layout.WriterKey(worker=0, attempt=0, writer=1)
 
-    def name(first, last):
+    def name(first: int, last: int) -> layout.SegmentName:
         return layout.SegmentName(key=key, last=last, count=last - first + 1)
 
     names = [name(0, 0), name(1, 1), name(0, 1), name(2, 3), name(2, 2), name(4, 4)]
@@ -143,7 +146,9 @@ def test_maximal_segments():
 # --- merges --------------------------------------------------------------------------
 
 
-def merged(w, *, steps, last, joined=False, closed=False):
+def merged(
+    w: WriterBuilder, *, steps: Iterable[int], last: int, joined: bool = False, closed: bool = False
+) -> None:
     """Publish what a merge of all flushes up to `last` would, and remove what it covers."""
     if joined:
         puts = [
@@ -159,7 +164,7 @@ def merged(w, *, steps, last, joined=False, closed=False):
 
 
 @pytest.mark.parametrize("joined", [False, True])
-def test_a_view_survives_merges_and_shows_the_same(build, joined):
+def test_a_view_survives_merges_and_shows_the_same(build: RunBuilder, joined: bool) -> None:
     w = build.writer()
     for s in range(3):
         w.flush(put(s), through=s)
@@ -181,7 +186,7 @@ def test_a_view_survives_merges_and_shows_the_same(build, joined):
     assert not run.damage
 
 
-def test_a_pickled_view_shows_the_same_after_merges(build):
+def test_a_pickled_view_shows_the_same_after_merges(build: RunBuilder) -> None:
     w = build.writer()
     for s in range(3):
         w.flush(put(s), through=s)
@@ -201,7 +206,7 @@ def test_a_pickled_view_shows_the_same_after_merges(build):
     assert copy["x"].steps.tolist() == [0, 1, 2, 3, 4]
 
 
-def test_a_merge_is_nothing_new(build):
+def test_a_merge_is_nothing_new(build: RunBuilder) -> None:
     w = build.writer()
     for s in range(3):
         w.flush(put(s))
@@ -214,14 +219,14 @@ def test_a_merge_is_nothing_new(build):
 # --- damage ----------------------------------------------------------------------------
 
 
-def damage(path, at):
+def damage(path: Path, at: int) -> None:
     data = bytearray(path.read_bytes())
     data[at] ^= 0x04
     path.write_bytes(data)
 
 
 @pytest.mark.parametrize("at", [3, 60, 130, 256 + 5])
-def test_header_and_root_stand_twice(build, at):
+def test_header_and_root_stand_twice(build: RunBuilder, at: int) -> None:
     w = build.writer()
     w.flush(put(0), Put(name="y", value=np.zeros(5)))
     (path,) = (build.root / "index").iterdir()
@@ -231,7 +236,7 @@ def test_header_and_root_stand_twice(build, at):
     assert not run.damage
 
 
-def test_a_damaged_segment_is_replaced_by_those_it_covers(build):
+def test_a_damaged_segment_is_replaced_by_those_it_covers(build: RunBuilder) -> None:
     w = build.writer()
     for s in range(3):
         w.flush(put(s))
@@ -246,7 +251,7 @@ def test_a_damaged_segment_is_replaced_by_those_it_covers(build):
     assert run["x"].read().tolist() == [0, 1, 2]
 
 
-def test_a_damaged_page_is_replaced_too(build):
+def test_a_damaged_page_is_replaced_too(build: RunBuilder) -> None:
     w = build.writer()
     for s in range(3):
         w.flush(put(s))
@@ -266,7 +271,7 @@ def test_a_damaged_page_is_replaced_too(build):
     assert run.state("x", 0) == "unreadable"
 
 
-def test_missing_flushes_are_reported_and_never_called_never_saved(build):
+def test_missing_flushes_are_reported_and_never_called_never_saved(build: RunBuilder) -> None:
     w = build.writer()
     for s in range(3):
         w.flush(put(s), through=s, closed=s == 2)
@@ -284,7 +289,7 @@ def test_missing_flushes_are_reported_and_never_called_never_saved(build):
     assert "1 problem" in repr(run)
 
 
-def test_a_segment_cut_short_or_of_another_run(build, tmp_path):
+def test_a_segment_cut_short_or_of_another_run(build: RunBuilder, tmp_path: Path) -> None:
     w = build.writer()
     w.flush(put(0))
     name = w.flush(put(1))
@@ -306,14 +311,14 @@ def test_a_segment_cut_short_or_of_another_run(build, tmp_path):
     assert run["x"].read().tolist() == [0, 1]
 
 
-def test_features_of_newer_versions_are_refused(build):
+def test_features_of_newer_versions_are_refused(build: RunBuilder) -> None:
     build.writer().flush(put(0), required=4)
     with pytest.raises(UnsupportedError) as caught:
         open_run(build.url)
     assert caught.value.code == "unknown_feature"
 
 
-def test_files_with_other_names_do_not_count(build):
+def test_files_with_other_names_do_not_count(build: RunBuilder) -> None:
     build.writer().flush(put(0))
     for name in ("x.seg", "000000-000000-0000000000000100-000000000000-000000000001.seg.tmp"):
         (build.root / "index" / name).write_bytes(b"nothing")
@@ -325,7 +330,7 @@ def test_files_with_other_names_do_not_count(build):
 # --- writers, completeness ---------------------------------------------------------------
 
 
-def test_closed_when_all_workers_of_the_newest_attempt_are(build):
+def test_closed_when_all_workers_of_the_newest_attempt_are(build: RunBuilder) -> None:
     a = build.writer(0, num_workers=2)
     b = build.writer(1, num_workers=2)
     a.flush(put(0), step_row(0), through=0)
@@ -347,7 +352,7 @@ def test_closed_when_all_workers_of_the_newest_attempt_are(build):
     assert run.is_complete(10**6)
 
 
-def test_a_recovered_writer_is_closed(build):
+def test_a_recovered_writer_is_closed(build: RunBuilder) -> None:
     w = build.writer(writer=0x55)
     w.flush(put(0))
     assert not open_run(build.url).is_closed
@@ -355,7 +360,7 @@ def test_a_recovered_writer_is_closed(build):
     assert open_run(build.url).is_closed
 
 
-def test_complete_in_one_mode_is_not_complete_in_another(build):
+def test_complete_in_one_mode_is_not_complete_in_another(build: RunBuilder) -> None:
     w = build.writer()
     w.flush(step_row(4, mode=1), step_row(5, mode=1), step_row(5, mode=2), through=[-1, 5, 4, -1])
     run = open_run(build.url)
@@ -368,7 +373,7 @@ def test_complete_in_one_mode_is_not_complete_in_another(build):
     assert run.steps("EVAL").tolist() == [5]
 
 
-def test_closing_the_reader(build):
+def test_closing_the_reader(build: RunBuilder) -> None:
     build.writer().flush(put(0))
     with open_run(build.url) as run:
         t = run["x"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -31,23 +33,23 @@ from tensorstore_fmt.testing.storage import CountingStorage
 
 
 @pytest.fixture
-def build(tmp_path):
+def build(tmp_path: Path) -> RunBuilder:
     return RunBuilder(tmp_path / "run")
 
 
-def counting(build):
+def counting(build: RunBuilder) -> tuple[Run, CountingStorage]:
     storage = CountingStorage(open_storage(build.url, writable=False))
     return Run(Session(build.url, None, storage=storage)), storage
 
 
-def arrays(n, shape=(6, 7), dtype=np.float32):
+def arrays(n: int, shape: tuple[int, ...] = (6, 7), dtype: type = np.float32) -> list[np.ndarray]:
     return [np.random.default_rng(i).random(shape).astype(dtype) for i in range(n)]
 
 
 # --- values -----------------------------------------------------------------------
 
 
-def test_every_place_a_value_can_lie(build):
+def test_every_place_a_value_can_lie(build: RunBuilder) -> None:
     a = arrays(9)
     w = build.writer()
     w.flush(
@@ -81,7 +83,9 @@ def test_every_place_a_value_can_lie(build):
 
 @pytest.mark.parametrize("grid", [(2, 3), (1, 0), (0, 2), (5, 5), (100, 1)])
 @pytest.mark.parametrize("count", [1, 4])
-def test_chunks_and_steps_in_all_combinations(build, grid, count):
+def test_chunks_and_steps_in_all_combinations(
+    build: RunBuilder, grid: tuple[int, ...], count: int
+) -> None:
     a = arrays(4, (5, 4))
     w = build.writer()
     if count == 1:
@@ -100,7 +104,7 @@ def test_chunks_and_steps_in_all_combinations(build, grid, count):
         np.testing.assert_array_equal(t.read(step=6, index=index), whole[(2, *inner)])
 
 
-def test_scalars_are_arrays_of_rank_0_and_bits_are_kept(build):
+def test_scalars_are_arrays_of_rank_0_and_bits_are_kept(build: RunBuilder) -> None:
     nan = np.array(0x7FA00001, np.uint32).view(np.float32)
     build.writer().flush(
         Put(name="f", value=nan, inline=True),
@@ -120,7 +124,7 @@ def test_scalars_are_arrays_of_rank_0_and_bits_are_kept(build):
     assert run["z"].read(index=np.s_[1]).shape == (1, 0)
 
 
-def test_strings(build):
+def test_strings(build: RunBuilder) -> None:
     build.writer().flush(
         Put(name="s", step=0, value="α", inline=True),
         Put(name="s", step=1, value=["", "βγ"], count=2, inline=True),
@@ -137,7 +141,7 @@ def test_strings(build):
     assert run["e"].read(step=0).shape == (0,)
 
 
-def test_lengths_that_vary(build):
+def test_lengths_that_vary(build: RunBuilder) -> None:
     build.writer().flush(
         *(Put(step=i, value=np.arange(2 * i).reshape(2, i), shape=(2, -1)) for i in range(4)),
         Put(step=9, value=np.arange(6).reshape(2, 3) + 1, shape=(2, -1)),
@@ -153,7 +157,7 @@ def test_lengths_that_vary(build):
     assert t.read(step=0).shape == (2, 0)
 
 
-def test_dtypes_that_vary_are_not_stacked(build):
+def test_dtypes_that_vary_are_not_stacked(build: RunBuilder) -> None:
     build.writer().flush(Put(step=0, value=np.zeros(3)), Put(step=1, value=np.zeros(3, np.int8)))
     t = open_run(build.url)["x"]
     with pytest.raises(ArgumentError) as caught:
@@ -165,7 +169,7 @@ def test_dtypes_that_vary_are_not_stacked(build):
 # --- steps -------------------------------------------------------------------------
 
 
-def test_steps_are_numbers_and_missing_ones_raise(build):
+def test_steps_are_numbers_and_missing_ones_raise(build: RunBuilder) -> None:
     w = build.writer()
     w.flush(*(Put(step=s, value=np.float32(s), inline=True) for s in (0, 5, 10, 15)), through=15)
     t = open_run(build.url)["x"]
@@ -188,7 +192,7 @@ def test_steps_are_numbers_and_missing_ones_raise(build):
             t.read(steps=wrong)
 
 
-def test_message_names_the_nearest_steps(build):
+def test_message_names_the_nearest_steps(build: RunBuilder) -> None:
     build.writer().flush(
         Put(step=10, value=np.zeros(2)), Put(step=1000, value=np.zeros(2)), closed=True
     )
@@ -196,7 +200,7 @@ def test_message_names_the_nearest_steps(build):
         open_run(build.url)["x"].read(step=500)
 
 
-def test_four_kinds_of_absence(build):
+def test_four_kinds_of_absence(build: RunBuilder) -> None:
     w = build.writer()
     w.flush(
         Put(step=0, value=np.zeros(3, np.float32)),
@@ -242,7 +246,7 @@ def test_four_kinds_of_absence(build):
     assert run.state("x", 0) == "unreadable"
 
 
-def test_unknown_codec_and_dtype_fail_alone(build):
+def test_unknown_codec_and_dtype_fail_alone(build: RunBuilder) -> None:
     build.writer().flush(
         Put(name="a", value=np.zeros(3), change={"codec": 77}),
         Put(name="b", value=np.zeros(3)),
@@ -255,7 +259,7 @@ def test_unknown_codec_and_dtype_fail_alone(build):
     assert run["b"].read(step=0).tolist() == [0, 0, 0]
 
 
-def test_a_chunk_that_the_index_lacks_is_an_error(build):
+def test_a_chunk_that_the_index_lacks_is_an_error(build: RunBuilder) -> None:
     build.writer().flush(
         Put(name="a", value=np.zeros((4, 4)), grid=(2, 2), skip_chunks=[2]),
         Put(name="b", value=np.zeros((4, 4)), change={"raw_nbytes": 64}),
@@ -272,7 +276,7 @@ def test_a_chunk_that_the_index_lacks_is_an_error(build):
 # --- who wins ------------------------------------------------------------------------
 
 
-def test_the_latest_flush_of_a_writer_wins(build):
+def test_the_latest_flush_of_a_writer_wins(build: RunBuilder) -> None:
     w = build.writer()
     old, new = np.zeros((4, 4)), np.ones((2, 4))
     w.flush(
@@ -288,7 +292,7 @@ def test_the_latest_flush_of_a_writer_wins(build):
     assert t.steps.tolist() == [1, 3]
 
 
-def test_a_step_saved_twice_in_one_segment(build):
+def test_a_step_saved_twice_in_one_segment(build: RunBuilder) -> None:
     build.writer().flush(
         Put(step=1, value=np.zeros((4, 4)), grid=(1, 0), flush=0),
         Put(step=1, value=np.ones((4, 4)), grid=(1, 0), flush=2),
@@ -300,7 +304,7 @@ def test_a_step_saved_twice_in_one_segment(build):
     assert (t.read(step=1, index=np.s_[2:]) == 1).all()
 
 
-def test_chunks_of_different_saves_are_never_mixed(build):
+def test_chunks_of_different_saves_are_never_mixed(build: RunBuilder) -> None:
     build.writer().flush(
         Put(step=1, value=np.zeros((4, 4)), grid=(1, 0), flush=0),
         Put(step=1, value=np.ones((4, 4)), grid=(1, 0), flush=2, skip_chunks=[2]),
@@ -312,13 +316,13 @@ def test_chunks_of_different_saves_are_never_mixed(build):
     assert caught.value.code == "malformed"
 
 
-def test_the_later_writer_of_a_worker_wins(build):
+def test_the_later_writer_of_a_worker_wins(build: RunBuilder) -> None:
     build.writer(writer=9, opened_us=1).flush(Put(step=1, value=np.float32(1)))
     build.writer(writer=3, opened_us=2).flush(Put(step=1, value=np.float32(2)))
     assert open_run(build.url)["x"].read(step=1) == 2
 
 
-def test_attempts_hide_later_steps_of_earlier_ones(build):
+def test_attempts_hide_later_steps_of_earlier_ones(build: RunBuilder) -> None:
     w = build.writer()
     w.flush(*(Put(step=s, value=np.float32(s), inline=True) for s in range(6)), closed=True)
     build.writer(attempt=1, resume_step=3).flush(
@@ -337,7 +341,7 @@ def test_attempts_hide_later_steps_of_earlier_ones(build):
         t.read(step=9, attempt=0)
 
 
-def test_an_attempt_without_data_hides_too(build):
+def test_an_attempt_without_data_hides_too(build: RunBuilder) -> None:
     build.writer().flush(Put(step=5, value=np.zeros(2)), closed=True)
     build.writer(attempt=1, resume_step=0).flush()
     t = open_run(build.url)["x"]
@@ -345,7 +349,7 @@ def test_an_attempt_without_data_hides_too(build):
     assert t.read(step=5, attempt=0).tolist() == [0, 0]
 
 
-def test_several_modes_and_workers_have_to_be_named(build):
+def test_several_modes_and_workers_have_to_be_named(build: RunBuilder) -> None:
     for worker in range(2):
         build.writer(worker, num_workers=2).flush(
             Put(step=1, mode=1, value=np.float32(10 + worker), inline=True),
@@ -373,7 +377,16 @@ def test_several_modes_and_workers_have_to_be_named(build):
 # --- parts ---------------------------------------------------------------------------
 
 
-def put_parts(build, value, borders, *, step=1, skip=(), attempt=0, resume_step=0):
+def put_parts(
+    build: RunBuilder,
+    value: np.ndarray,
+    borders: list[int],
+    *,
+    step: int = 1,
+    skip: Sequence[int] = (),
+    attempt: int = 0,
+    resume_step: int = 0,
+) -> None:
     n = len(borders) - 1
     for worker in range(n):
         a, b = borders[worker], borders[worker + 1]
@@ -384,7 +397,7 @@ def put_parts(build, value, borders, *, step=1, skip=(), attempt=0, resume_step=
         w.flush(*([] if worker in skip else [part]))
 
 
-def test_parts_are_put_together(build):
+def test_parts_are_put_together(build: RunBuilder) -> None:
     value = np.random.default_rng(0).random((10, 6))
     put_parts(build, value, [0, 3, 4, 10])
     t = open_run(build.url)["x"]
@@ -397,7 +410,7 @@ def test_parts_are_put_together(build):
     assert t.select(worker=1).shape == (1, 6)
 
 
-def test_holes_and_overlaps_of_parts(build):
+def test_holes_and_overlaps_of_parts(build: RunBuilder) -> None:
     value = np.zeros((10, 6))
     put_parts(build, value, [0, 3, 4, 10], skip=[1])
     t = open_run(build.url)["x"]
@@ -416,7 +429,7 @@ def test_holes_and_overlaps_of_parts(build):
     assert t.read(step=1, index=np.s_[:4]).shape == (4, 6)
 
 
-def test_parts_are_of_one_attempt(build):
+def test_parts_are_of_one_attempt(build: RunBuilder) -> None:
     value = np.zeros((4, 2))
     put_parts(build, value, [0, 2, 4])
     put_parts(build, value + 1, [0, 1, 4], attempt=1, resume_step=1)
@@ -425,7 +438,7 @@ def test_parts_are_of_one_attempt(build):
     assert (t.read(step=1, attempt=0) == 0).all()
 
 
-def test_a_part_beyond_its_tensor_is_refused(build):
+def test_a_part_beyond_its_tensor_is_refused(build: RunBuilder) -> None:
     build.writer().flush(Put(value=np.zeros((3, 2)), global_shape=(4, 2), origin=(2, 0)))
     with pytest.raises(FormatError) as caught:
         open_run(build.url)["x"].read()
@@ -435,7 +448,7 @@ def test_a_part_beyond_its_tensor_is_refused(build):
 # --- cost ----------------------------------------------------------------------------
 
 
-def test_only_touched_chunks_are_fetched_and_each_once(build):
+def test_only_touched_chunks_are_fetched_and_each_once(build: RunBuilder) -> None:
     value = np.random.default_rng(0).random((64, 1024))
     build.writer().flush(
         Put(step=0, value=value, grid=(1, 0)), Put(step=1, value=value, grid=(1, 0))
@@ -459,7 +472,7 @@ def test_only_touched_chunks_are_fetched_and_each_once(build):
     np.testing.assert_array_equal(results[2], value[0, 5:7])
 
 
-def test_refuses_a_name_with_suggestions(build):
+def test_refuses_a_name_with_suggestions(build: RunBuilder) -> None:
     build.writer().flush(Put(name="encoder.weight", value=np.zeros(2)))
     run = open_run(build.url)
     with pytest.raises(NameNotFoundError) as caught:
@@ -475,7 +488,7 @@ def test_refuses_a_name_with_suggestions(build):
 # --- views ----------------------------------------------------------------------------
 
 
-def test_view_is_the_file_itself(build):
+def test_view_is_the_file_itself(build: RunBuilder) -> None:
     a = arrays(3, (64, 64))
     build.writer().flush(
         Put(step=0, value=a[0]),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,15 +25,15 @@ from tensorstore_fmt.reading.run import open_run
 
 
 @pytest.fixture
-def build(tmp_path):
+def build(tmp_path: Path) -> RunBuilder:
     return RunBuilder(tmp_path / "run")
 
 
-def scalar(step, number, **more):
+def scalar(step: int, number: float, **more: Any) -> Put:
     return Put(step=step, value=np.float32(number), inline=True, **more)
 
 
-def stats_of(array, **more):
+def stats_of(array: np.ndarray, **more: Any) -> Put:
     row = statistics.compute(np.ascontiguousarray(array), dtype=str(array.dtype))
     return Put(kind=layout.KIND_STATS, value=row, inline=True, **more)
 
@@ -39,7 +41,7 @@ def stats_of(array, **more):
 # --- following --------------------------------------------------------------------------
 
 
-def test_follow_gives_complete_steps_until_the_run_is_closed(build):
+def test_follow_gives_complete_steps_until_the_run_is_closed(build: RunBuilder) -> None:
     w = build.writer()
     w.flush(step_row(0), step_row(2), through=1)
     steps = open_run(build.url).follow(poll_s=0.01, timeout_s=10)
@@ -51,7 +53,7 @@ def test_follow_gives_complete_steps_until_the_run_is_closed(build):
     assert list(steps) == [6]
 
 
-def test_follow_waits_for_all_workers_and_times_out(build):
+def test_follow_waits_for_all_workers_and_times_out(build: RunBuilder) -> None:
     a, b = (build.writer(i, num_workers=2) for i in range(2))
     a.flush(step_row(0), through=0)
     with pytest.raises(TimeoutError):
@@ -60,7 +62,7 @@ def test_follow_waits_for_all_workers_and_times_out(build):
     assert next(open_run(build.url).follow(poll_s=0.01, timeout_s=10)) == 0
 
 
-def test_follow_in_modes_and_through_attempts(build):
+def test_follow_in_modes_and_through_attempts(build: RunBuilder) -> None:
     w = build.writer()
     w.flush(step_row(1, mode=1), step_row(2, mode=1), step_row(2, mode=2), through=[-1, 2, -1, -1])
     run = open_run(build.url)
@@ -75,7 +77,7 @@ def test_follow_in_modes_and_through_attempts(build):
     assert list(run.follow("EVAL")) == [1]
 
 
-def test_wait_for_step(build):
+def test_wait_for_step(build: RunBuilder) -> None:
     w = build.writer()
     w.flush(step_row(0), through=0)
     run = open_run(build.url)
@@ -94,7 +96,7 @@ def test_wait_for_step(build):
         run.wait_for_step(99)
 
 
-def test_step_table(build):
+def test_step_table(build: RunBuilder) -> None:
     build.writer().flush(
         step_row(10, mode=1, mode_step=3, wall_us=1_500_000),
         step_row(10, mode=2, mode_step=0, wall_us=2_000_000),
@@ -118,7 +120,7 @@ def test_step_table(build):
 # --- statistics ---------------------------------------------------------------------------
 
 
-def test_stats_come_from_series_or_from_inline_values(build):
+def test_stats_come_from_series_or_from_inline_values(build: RunBuilder) -> None:
     rng = np.random.default_rng(0)
     a = rng.standard_normal((2, 50)).astype(np.float32)
     a[0, 0] = np.nan
@@ -149,7 +151,7 @@ def test_stats_come_from_series_or_from_inline_values(build):
         t.stats([7])
 
 
-def test_only_statistics(build):
+def test_only_statistics(build: RunBuilder) -> None:
     build.writer().flush(stats_of(np.ones(4, np.float32), step=3), through=9)
     run = open_run(build.url)
     t = run["x"]
@@ -163,7 +165,7 @@ def test_only_statistics(build):
     assert run.state("x", 3) == "never"
 
 
-def test_statistics_of_parts_are_added_up(build):
+def test_statistics_of_parts_are_added_up(build: RunBuilder) -> None:
     a = np.arange(12, dtype=np.float32).reshape(4, 3)
     for worker, (begin, end) in enumerate([(0, 1), (1, 4)]):
         build.writer(worker, num_workers=2).flush(
@@ -183,10 +185,11 @@ def test_statistics_of_parts_are_added_up(build):
 # --- tables -------------------------------------------------------------------------------
 
 
-def test_tables(build):
+def test_tables(build: RunBuilder) -> None:
     build.writer().flush(
         scalar(1, 0.5, name="loss", mode=1), scalar(2, 0.25, name="loss", mode=1),
-        scalar(2, 9, name="loss", mode=2), Put(name="note", step=2, value="hi", inline=True, mode=1),
+        scalar(2, 9, name="loss", mode=2),
+        Put(name="note", step=2, value="hi", inline=True, mode=1),
         Put(name="w", step=2, value=np.ones((2, 3)), mode=1),
         stats_of(np.ones((2, 3)), name="w", step=2, mode=1),
         Put(name="v", step=2, value=np.ones((2, 3)), shape=(2, -1)),
@@ -219,7 +222,7 @@ def test_tables(build):
         run["w"].table()
 
 
-def test_what_they_look_like(build):
+def test_what_they_look_like(build: RunBuilder) -> None:
     name = "<script>\x1b[31m\n" + "é" * 100
     build.writer().flush(Put(name=name, value=np.zeros((2, 3)), mode=1))
     run = open_run(build.url)
@@ -240,7 +243,7 @@ def test_what_they_look_like(build):
 # --- sharing --------------------------------------------------------------------------------
 
 
-def test_threads_share_a_run(build):
+def test_threads_share_a_run(build: RunBuilder) -> None:
     value = np.random.default_rng(0).random((16, 64, 64))
     w = build.writer()
     for step in range(8):
@@ -248,7 +251,7 @@ def test_threads_share_a_run(build):
     run = open_run(build.url)
     problems = []
 
-    def work(seed):
+    def work(seed: int) -> None:
         rng = np.random.default_rng(seed)
         for _ in range(30):
             step, i = int(rng.integers(8)), int(rng.integers(16))
@@ -266,7 +269,7 @@ def test_threads_share_a_run(build):
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_forked_process_can_read_on(build):
+def test_a_forked_process_can_read_on(build: RunBuilder) -> None:
     value = np.random.default_rng(0).random((64, 64, 64))
     build.writer().flush(Put(value=value, grid=(1, 0, 0)))
     run = open_run(build.url)

@@ -20,11 +20,11 @@ SHAPE = (4, 5, 6)
         (slice(0, 0),), (np.array(2), slice(None)),
     ],
 )  # fmt: skip
-def test_gives_the_shape_that_numpy_gives(index):
+def test_gives_the_shape_that_numpy_gives(index: object) -> None:
     assert normalize(index, SHAPE).shape == np.empty(SHAPE)[index].shape
 
 
-def test_axes_are_ascending_and_remember_their_order():
+def test_axes_are_ascending_and_remember_their_order() -> None:
     assert normalize(slice(None, None, -2), (5,)).axes == (Axis(0, 3, 2, is_flipped=True),)
     assert normalize(slice(3, None, -2), (5,)).axes == (Axis(1, 2, 2, is_flipped=True),)
     assert normalize(-1, (5,)).axes == (Axis(4, 1, is_dropped=True),)
@@ -51,20 +51,20 @@ def test_axes_are_ascending_and_remember_their_order():
         (slice(None, None, 0), "bad_selection"),
     ],
 )
-def test_refuses_what_is_not_basic_indexing(index, code):
+def test_refuses_what_is_not_basic_indexing(index: object, code: str) -> None:
     with pytest.raises(SelectionError) as caught:
         normalize(index, SHAPE)
     assert caught.value.code == code
     assert isinstance(caught.value, IndexError)
 
 
-def test_out_of_range_says_which_axis():
+def test_out_of_range_says_which_axis() -> None:
     with pytest.raises(SelectionError) as caught:
         normalize((0, 9), SHAPE)
     assert caught.value.facts == {"axis": 1, "index": 9, "nelements": 5}
 
 
-def test_within_gives_the_part_of_a_box():
+def test_within_gives_the_part_of_a_box() -> None:
     selection = normalize((slice(1, 9, 3), 4), (10, 10))  # 1, 4, 7 × 4
     inside = selection.within((3, 2), (5, 5))  # 3 … 7 × 2 … 6
     assert inside is not None

@@ -90,18 +90,28 @@ class Run:
         is_there = set(workers) <= {w.worker for w in writers}
         return is_there and all(map(self._is_writer_closed, writers))
 
-    def _is_complete(self, step: int, mode: int | None, worker: int | None) -> bool:
-        """Every worker (or the one asked for) has a writer that is closed or complete."""
+    def _is_complete(self, asked: Question) -> bool:
+        """Every worker (or the one asked for) has a writer that is closed or complete.
+
+        Without a mode: in those in which the name has a series.
+        """
         writers, workers = self._newest_attempt()
-        modes = range(4) if mode is None else (mode,)
+        modes = {asked.mode} - {None} or self._modes(asked.name) or set(range(4))
 
-        def is_through(writer: Writer, m: int) -> bool:
-            return self._is_writer_closed(writer) or writer.newest.complete_through[m] >= step
+        def is_through(writer: Writer, mode: int) -> bool:
+            through = writer.newest.complete_through[mode]
+            return self._is_writer_closed(writer) or through >= (asked.step or 0)
 
-        wanted = workers if worker is None else (worker,)
+        wanted = workers if asked.worker is None else (asked.worker,)
         return all(
-            any(is_through(w, m) for w in writers if w.worker == k) for k in wanted for m in modes
+            any(is_through(writer, mode or 0) for writer in writers if writer.worker == worker)
+            for worker in wanted
+            for mode in modes
         )
+
+    def _modes(self, name: str | None) -> set[int | None]:
+        catalogs = [segment.series for w in self.writers for segment in w.segments]
+        return {row.mode for rows in catalogs for row in rows if row.name == name and row.kind < 2}
 
     def state(
         self,
@@ -126,8 +136,7 @@ class Run:
                 asked.attempt is not None or step < self._visible.hidden_from(name.attempt)
             ):
                 raise error
-        complete = self._is_complete(step, asked.mode, asked.worker)
-        return "never_saved" if complete else "not_yet_written"
+        return "never_saved" if self._is_complete(asked) else "not_yet_written"
 
     # ---- "10.5 Reading a slice" ----------------------------------------------------------
 

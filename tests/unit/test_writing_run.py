@@ -1,0 +1,329 @@
+"""The writer's lifecycle: creating, joining, resuming, closing; what it refuses."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tensorstore_fmt as tsf
+from tensorstore_fmt.format import layout
+from tensorstore_fmt.testing.writers import create_test_run
+
+
+def child(code: str, *args: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def segments(run: Path) -> list[layout.SegmentName]:
+    found = [layout.parse_segment_name(f.name) for f in (run / "index").iterdir()]
+    return [name for name in found if name is not None]
+
+
+# --- what it refuses ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"flush_interval_s": float("nan")}, "flush_interval_s"),
+        ({"flush_interval_s": 0}, "flush_interval_s"),
+        ({"queue_bytes": -1}, "queue_bytes"),
+        ({"flush_bytes": True}, "flush_bytes"),
+        ({"when_full": "wait"}, "when_full"),
+        ({"compression": "gzip"}, "compression"),
+        ({"on_error": "ignore"}, "on_error"),
+        ({"stats": "all"}, "stats"),
+        ({"chunks": {"w": (1, float("nan"))}}, "chunks"),
+        ({"chunks": {"w": (-1,)}}, "chunks"),
+        ({"chunks": {"w": 5}}, "chunks"),
+        ({"chunks": {3: (1,)}}, "chunks"),
+        ({"worker": -1}, "worker"),
+        ({"worker": 2, "num_workers": 2}, "worker"),
+        ({"num_workers": 0}, "num_workers"),
+        ({"attempt": "1"}, "attempt"),
+        ({"resume_from": -3}, "step"),
+        ({"attrs": {"x": float("inf")}}, "attrs"),
+        ({"attrs": {"x": {1, 2}}}, "attrs"),
+        ({"storage_options": {"key": "x"}}, "storage_options"),
+    ],
+)
+def test_options_are_checked(tmp_path: Path, options: dict, named: str) -> None:
+    with pytest.raises(tsf.ArgumentError) as caught:
+        tsf.create_run(tmp_path / "run", **options)
+    assert named in str(caught.value)
+    assert not (tmp_path / "run" / "index").exists()
+
+
+def test_values_that_cannot_be_stored_lose_nothing(tmp_path: Path) -> None:
+    with tsf.create_run(tmp_path / "run") as run:
+        run.log({"a": 1.0}, step=0)
+        for data in (
+            {"a": 2.0, "b": object()},
+            {"a": 2.0, "b": np.array([object()])},
+            {"a": 2.0, "": 1.0},
+            {"a": 2.0, "x" * 1025: 1.0},
+            {"a": 2.0, "\ud800": 1.0},
+            {"a": 2.0, "b": np.array(["2020-01-01"], "M8[D]")},
+            {"a": 2.0, "b": [[1, 2], [3]]},
+            {"a": 2.0, "b": None},
+        ):
+            with pytest.raises(tsf.ArgumentError):
+                run.log(data, step=1)
+        for step in (-1, 1.5, "2", True, 2**62):
+            with pytest.raises(tsf.ArgumentError):
+                run.log({"a": 2.0}, step=step)  # type: ignore[arg-type] # that is the test
+        with pytest.raises(tsf.ArgumentError):
+            run.log({"a": 2.0}, step=1, mode="VALIDATE")
+        run.log({"a": 3.0}, step=2)
+    reader = tsf.open_run(tmp_path / "run")
+    assert reader.names() == ["a"]
+    assert reader["a"].read().tolist() == [1.0, 3.0]
+
+
+def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(tsf.NotARunError) as caught:
+        tsf.create_run(tmp_path)
+    assert "notes.txt" in str(caught.value)
+    assert [f.name for f in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_no_permission(tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        place = Path("/proc/no-such-place/run")  # root may write anywhere else
+    else:
+        place = tmp_path / "shut" / "run"
+        place.parent.mkdir(mode=0o500)
+    with pytest.raises(OSError):
+        tsf.create_run(place)
+
+
+def test_a_finished_run_is_not_joined(tmp_path: Path) -> None:
+    tsf.create_run(tmp_path / "run").close()
+    with pytest.raises(tsf.RunExistsError) as caught:
+        tsf.create_run(tmp_path / "run")
+    assert "resume_from" in str(caught.value)
+
+
+def test_a_closed_writer(tmp_path: Path) -> None:
+    run = tsf.create_run(tmp_path / "run")
+    run.log({"a": 1.0}, step=0)
+    report = run.close()
+    assert run.close() is report
+    assert (report.steps, report.dropped, report.failures) == (1, 0, 0)
+    for use in (lambda: run.log({"a": 1.0}, step=1), run.flush):
+        with pytest.raises(tsf.ClosedError):
+            use()
+
+
+def test_the_other_workers_wait_for_the_run(tmp_path: Path) -> None:
+    with pytest.raises(tsf.NotARunError) as caught:
+        tsf.create_run(tmp_path / "run", worker=1, num_workers=2, join_timeout_s=0.1)
+    assert "worker 0" in str(caught.value)
+
+
+# --- several writers -------------------------------------------------------------------
+
+
+def test_workers_of_one_run(tmp_path: Path) -> None:
+    writers = [
+        create_test_run(tmp_path / "run", worker=w, num_workers=3, new_id=lambda w=w: 100 + w)
+        for w in range(3)
+    ]
+    assert {w.attempt for w in writers} == {0}
+    for w, writer in enumerate(writers):
+        writer.log({"loss": float(w), f"only/{w}": np.full((200, 200), w)}, step=7)
+    for writer in writers[:2]:
+        writer.close()
+    reader = tsf.open_run(tmp_path / "run")
+    assert not reader.is_closed
+    assert not reader.is_complete(7)
+    writers[2].close()
+    assert not (tmp_path / "run" / "locks").exists() or not list(
+        (tmp_path / "run" / "locks").iterdir()
+    )
+    reader = tsf.open_run(tmp_path / "run")
+    assert reader.is_closed
+    assert reader.workers == [0, 1, 2]
+    for w in range(3):
+        assert reader["loss"].read(step=7, worker=w) == w
+        assert (reader[f"only/{w}"].read(step=7) == w).all()
+    with pytest.raises(tsf.AmbiguousError):
+        reader["loss"].read(step=7)
+
+
+def test_processes_with_the_same_worker_number(tmp_path: Path) -> None:
+    code = """
+        import sys, warnings
+        import numpy as np, tensorstore_fmt as tsf
+        warnings.simplefilter("ignore")
+        folder, me = sys.argv[1], int(sys.argv[2])
+        with tsf.create_run(folder) as run:
+            print("open", flush=True)
+            sys.stdin.readline()
+            for step in range(me, 200, 4):
+                run.log({"x": float(step), "big": np.full(100_000, step)}, step=step)
+    """
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "run"), str(i)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(4)
+    ]
+    for process in children:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "open\n"
+    for process in children:
+        _, errors = process.communicate("go\n", timeout=120)
+        assert process.returncode == 0, errors
+    reader = tsf.open_run(tmp_path / "run")
+    assert reader["x"].steps.tolist() == list(range(200))
+    assert reader["x"].read().tolist() == [float(s) for s in range(200)]
+    assert (reader["big"].read(step=123) == 123).all()
+    assert reader.is_closed
+
+
+def test_resuming_hides_what_was_beyond(tmp_path: Path) -> None:
+    with tsf.create_run(tmp_path / "run") as run:
+        for step in range(10):
+            run.log({"loss": float(step)}, step=step, mode="TRAIN")
+    with tsf.create_run(tmp_path / "run", resume_from=5) as run:
+        assert run.attempt == 1
+        assert not (tmp_path / "run" / "index.bundle").exists()
+        run.log({"loss": 50.0}, step=5, mode="TRAIN")
+        run.log({"loss": 70.0}, step=7, mode="TRAIN")
+    reader = tsf.open_run(tmp_path / "run")
+    assert reader["loss"].steps.tolist() == [0, 1, 2, 3, 4, 5, 7]
+    assert reader["loss"].read().tolist() == [0, 1, 2, 3, 4, 50, 70]
+    assert reader["loss"].read(step=8, attempt=0) == 8.0
+    with pytest.raises(tsf.StepNotFoundError):
+        reader["loss"].read(step=8)
+    assert reader.mode_step(7, mode="TRAIN") == 6
+
+
+def test_resuming_with_another_number_of_workers(tmp_path: Path) -> None:
+    place = tmp_path / "run"
+    for w in range(2):
+        with create_test_run(place, worker=w, num_workers=2, new_id=lambda w=w: 10 + w) as run:
+            run.log({f"a/{w}": 1.0}, step=0)
+    writers = [
+        create_test_run(place, worker=w, num_workers=3, resume_from=1, new_id=lambda w=w: 20 + w)
+        for w in (2, 0, 1)  # in whatever order they start
+    ]
+    assert [w.attempt for w in writers] == [1, 1, 1]
+    for writer in writers:
+        writer.log({f"a/{writer.worker}": 2.0}, step=1)
+        writer.close()
+    reader = tsf.open_run(place)
+    assert reader.attempts == [0, 1]
+    assert reader.num_workers == 3
+    assert reader["a/0"].steps.tolist() == [0, 1]
+    assert reader["a/2"].steps.tolist() == [1]
+    assert reader.is_closed
+
+
+# --- threads, forks, exits -----------------------------------------------------------------
+
+
+def test_threads_log_at_once(tmp_path: Path) -> None:
+    run = create_test_run(tmp_path / "run")
+
+    def work(me: int) -> None:
+        for step in range(200):
+            run.log({f"t{me}": float(step), f"w{me}": np.full((70, 70), step)}, step=step)
+            if step % 50 == 0:
+                run.flush()
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    run.close()
+    reader = tsf.open_run(tmp_path / "run")
+    for i in range(8):
+        assert reader[f"t{i}"].read().tolist() == [float(s) for s in range(200)]
+        assert (reader[f"w{i}"].read(index=np.s_[3, 4]) == np.arange(200)).all()
+
+
+def test_a_forked_child_cannot_write(tmp_path: Path) -> None:
+    done = child(
+        """
+        import os, sys
+        import tensorstore_fmt as tsf
+        run = tsf.create_run(sys.argv[1])
+        run.log({"a": 1.0}, step=0)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                run.log({"a": 2.0}, step=1)
+            except tsf.ClosedError:
+                run.close()
+                os._exit(7)
+            os._exit(1)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        run.log({"a": 3.0}, step=2)
+        run.close()
+        sys.exit(status)
+        """,
+        tmp_path / "run",
+    )
+    assert done.returncode == 7, done.stderr
+    assert tsf.open_run(tmp_path / "run")["a"].read().tolist() == [1.0, 3.0]
+
+
+def test_the_interpreter_ends_without_close(tmp_path: Path) -> None:
+    done = child(
+        """
+        import sys
+        import tensorstore_fmt as tsf
+        run = tsf.create_run(sys.argv[1], flush_interval_s=1000)
+        for step in range(100):
+            run.log({"a": float(step)}, step=step)
+        raise SystemError("training failed")
+        """,
+        tmp_path / "run",
+    )
+    assert "training failed" in done.stderr
+    reader = tsf.open_run(tmp_path / "run")
+    assert reader["a"].steps.tolist() == list(range(100))
+    assert reader.is_closed
+
+
+def test_a_killed_writer_loses_nothing_that_was_flushed(tmp_path: Path) -> None:
+    child(
+        """
+        import os, sys
+        import numpy as np, tensorstore_fmt as tsf
+        run = tsf.create_run(sys.argv[1], flush_interval_s=1000)
+        for step in range(30):
+            run.log({"a": float(step), "w": np.full((400, 400), step)}, step=step)
+            if step == 20:
+                run.flush()
+        os._exit(9)
+        """,
+        tmp_path / "run",
+    )
+    reader = tsf.open_run(tmp_path / "run")
+    assert reader["w"].steps.tolist() == list(range(21))
+    assert (reader["w"].read(index=np.s_[7, 9]) == np.arange(21)).all()
+    assert not reader.is_closed
+    with pytest.raises(tsf.StepNotYetWrittenError):
+        reader["a"].read(step=25)
