@@ -246,7 +246,7 @@ def bundle(
 # --- run.json --------------------------------------------------------------------------
 
 
-def run_json(run: bytes, settings: Mapping[str, Any], /, **members: Any) -> bytes:
+def run_json(run: bytes, settings: Mapping[str, Any], /, **members: object) -> bytes:
     """Give a run.json; `members` override or add to what stands in it."""
     document = {
         "format": "tensorstore_fmt", "format_version": [1, 0], "run_id": run.hex(),
@@ -346,19 +346,10 @@ class Shard:
             + ints("global_shape")
             + ints("origin")
             + struct.pack(
-                "<qqIIqBBIIQI",
-                row["step"],
-                row["stride"],
-                row["count"],
-                row["chunk"],
-                row["flush"],
-                row["codec"],
-                row["flags"],
-                row["nbytes"],
-                row["raw_nbytes"],
-                row["digest"],
-                row["crc32c"],
-            )  # fmt: skip
+                "<qqIIq", *(row[c] for c in ("step", "stride", "count", "chunk", "flush"))
+            )
+            + struct.pack("<BBII", *(row[c] for c in ("codec", "flags", "nbytes", "raw_nbytes")))
+            + struct.pack("<QI", row["digest"], row["crc32c"])
         )
 
     @property

@@ -176,7 +176,10 @@ class Writer:
                 which, raw, itemsize=size, word=size // 2 if "complex" in series.dtype else size,
                 rows=1 if is_repeat else len(steps), rotated=rotated,
             )  # fmt: skip
-            entry = self._entry(series, steps, number, which, payload, len(raw), flushes)
+            entry = self._entry(
+                series, steps, payload, chunk=number, codec=which, raw_nbytes=len(raw),
+                flushes=flushes,
+            )  # fmt: skip
             entry["dims"] = [n for n, m in zip(shape, series.shape, strict=True) if m < 0]
             entry["flags"] = REPEAT if is_repeat else 0
             if has_digest:
@@ -205,11 +208,12 @@ class Writer:
         self,
         series: S,
         steps: Sequence[int],
-        chunk: int,
-        codec: int,
-        payload: bytes,
-        raw_nbytes: int,
-        flushes: tuple[int, int] | None,
+        payload: bytes = b"",
+        *,
+        chunk: int = 0,
+        codec: int = payloads.DROPPED,
+        raw_nbytes: int = 0,
+        flushes: tuple[int, int] | None = None,
     ) -> Row:
         stride = steps[1] - steps[0] if len(steps) > 1 else 1
         if list(steps) != list(range(steps[0], steps[-1] + 1, stride)):
@@ -240,7 +244,7 @@ class Writer:
 
     def drop(self, series: S, steps: Sequence[int]) -> Row:
         """Record steps as dropped."""
-        entry = self._entry(series, steps, 0, payloads.DROPPED, b"", 0, None)
+        entry = self._entry(series, steps)
         entry |= {"dims": [0] * series.shape.count(-1), "crc32c": 0}
         self.pending.append(entry)
         return entry
@@ -297,7 +301,7 @@ class Writer:
         is_closed: bool = False,
         complete: tuple[int, int, int, int] = (-1, -1, -1, -1),
         page_rows: int = 1000,
-        **header: Any,
+        **header: object,
     ) -> Segment:
         """Publish what waits as one segment, or, with `entries` and `flushes`, a merged one."""
         for shard in self.run.shards.values():
@@ -408,7 +412,9 @@ class RunCase:
     def __post_init__(self) -> None:
         self.run_id = build.noise(f"run {self.name}", 16)
 
-    def writer(self, worker: int = 0, attempt: int = 0, *, also: str = "", **header: Any) -> Writer:
+    def writer(
+        self, worker: int = 0, attempt: int = 0, *, also: str = "", **header: object
+    ) -> Writer:
         """Open a writer; `also` tells two of one worker and attempt apart."""
         seed = build.noise(f"writer {self.name} {worker} {attempt} {also}", 8)
         fields = {
@@ -440,7 +446,7 @@ class RunCase:
         """Expect an answer about a step that cannot be read: absent, or ambiguous."""
         self.absent.append({"name": name, "step": str(step)} | which | {"state": state})
 
-    def fail(self, name: str, step: int, code: str, **which: Any) -> None:
+    def fail(self, name: str, step: int, code: str, **which: object) -> None:
         """Expect a failure."""
         self.failures.append({"name": name, "step": str(step)} | which | {"code": code})
 

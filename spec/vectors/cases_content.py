@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from build import noise
-from cases import ITEMSIZE, RunCase, S, Value, Writer
+from cases import ITEMSIZE, RunCase, S, Value
 from numpy.typing import NDArray
 from payloads import CONSTANT, DELTA, PLANES, RAW, ZSTD
 
@@ -116,7 +115,7 @@ _MASK = {
 
 
 def _dtypes() -> RunCase:
-    run = RunCase("dtypes", "Every dtype, all bits in use, inline; as a scalar and as 2 × 3.")
+    run = RunCase("dtypes", "Every dtype, all bits in use, inline; as a scalar and as 2 x 3.")
     writer = run.writer()
     for dtype, size in ITEMSIZE.items():
         for shape in ((), (2, 3)):
@@ -136,7 +135,7 @@ def _dtypes() -> RunCase:
 
 def _nan_payloads() -> RunCase:
     run = RunCase(
-        "nan-payloads", "Quiet and signalling NaN with payloads, −0, infinities, subnormals."
+        "nan-payloads", "Quiet and signalling NaN with payloads, -0, infinities, subnormals."
     )
     writer = run.writer()
     bits = {
@@ -165,7 +164,7 @@ def _nan_payloads() -> RunCase:
 
 
 def _huge_steps() -> RunCase:
-    run = RunCase("huge-steps", "Steps beyond 53 bits, up to 2^62 − 1, and a stride of 2^61.")
+    run = RunCase("huge-steps", "Steps beyond 53 bits, up to 2^62 - 1, and a stride of 2^61.")
     series, writer = S("x", "int64"), run.writer()
     last = 2**62 - 1
     for steps in ([0], [1, 1 + 2**61], [2**53 + 1], [last - 2, last - 1, last]):
@@ -332,7 +331,7 @@ def _reuse() -> RunCase:
     later = run.writer(attempt=1, resume_step=11)
     third = later.save(series, [11], [frozen], has_digest=True)
     for entry, old in zip(third, second, strict=True):
-        entry |= {key: old[key] for key in keep} | {"inline": b""}
+        entry.update({key: old[key] for key in keep} | {"inline": b""})
     later.publish(is_closed=True)
     return run
 

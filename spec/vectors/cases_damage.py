@@ -171,7 +171,7 @@ def _index() -> Iterator[tuple[RunCase, str, str]]:
         yield run, code, "damage"
 
     run = RunCase(
-        "segments-not-nested", "Flushes 0–2 and 1–3 of one writer: neither holds the other."
+        "segments-not-nested", "Flushes 0 to 2 and 1 to 3 of one writer: neither holds the other."
     )
     writer = run.writer()
     for flushes in ((0, 2), (1, 3)):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator
-from typing import Any
 
 import build
 import payloads
@@ -41,7 +40,7 @@ def _bundles() -> Iterator[FileCase]:
         facts = {"run_id": run.run_id.hex(), "code": code}
         return FileCase(f"bundle-{title}", about, "bundle", data, facts)
 
-    def made(**changes: Any) -> bytes:
+    def made(**changes: object) -> bytes:
         return build.bundle(run.run_id, copied, **changes)
 
     yield case("magic", "Another magic.", "bad_magic", flip(good, 3))
@@ -51,7 +50,7 @@ def _bundles() -> Iterator[FileCase]:
         ("major", "Major version 2.", "unsupported_version", {"major": 2}),
         ("required", "An unknown required bit.", "unknown_feature", {"required": 4}),
         ("run-id", "Another run.", "wrong_run", {"run_id": noise("another run", 16)}),
-        ("limit-count", "2^32 − 1 rows.", "limit", {"count": 2**32 - 1}),
+        ("limit-count", "2^32 - 1 rows.", "limit", {"count": 2**32 - 1}),
         ("reserved", "A reserved byte that is not zero.", "malformed", {"reserved": 1 << 56}),
         ("file-absurd", "file_nbytes is 2^63.", "truncated", {"file_nbytes": 1 << 63}),
         ("count", "A row fewer than the table has.", "checksum", {"count": 1}),
@@ -61,7 +60,7 @@ def _bundles() -> Iterator[FileCase]:
     for title, about, row, code in (
         ("row-gap", "A row's bytes begin 8 late.", {"offset": place + 8}, "malformed"),
         ("row-overlap", "A row's bytes begin within the table.", {"offset": 64}, "malformed"),
-        ("row-overflow", "A row's bytes begin at 2^64 − 8.", {"offset": 2**64 - 8}, "malformed"),
+        ("row-overflow", "A row's bytes begin at 2^64 - 8.", {"offset": 2**64 - 8}, "malformed"),
         ("row-nbytes", "A row with 2^63 bytes.", {"nbytes": 2**63}, "malformed"),
         ("row-short", "More bytes than the segment has.", {"file_nbytes": 8}, "malformed"),
         ("row-reserved", "A reserved byte that is not zero.", {"reserved": 9}, "malformed"),
@@ -216,8 +215,9 @@ def _planes() -> Iterator[FileCase]:
         ("width-zero", "Words of 0 bytes.", header(0, 0, 0) + body),
         ("reserved", "A reserved byte.", header(0, 2, 1, n, z) + body),
         ("length-zero", "A plane of 0 bytes.", header(0, 2, 0, n, 0) + low),
-        ("length-more", "A plane longer than n.", header(0, 2, 0, n + 1, z) + low + b"\0" + body[n:]),
-        ("length-absurd", "A plane of 2^32 − 1 bytes.", header(0, 2, 0, n, 2**32 - 1) + body),
+        ("length-more", "A plane longer than n.",
+         header(0, 2, 0, n + 1, z) + low + b"\0" + body[n:]),
+        ("length-absurd", "A plane of 2^32 - 1 bytes.", header(0, 2, 0, n, 2**32 - 1) + body),
         ("trailing", "Bytes behind the planes.", good + b"\0"),
         ("cut", "The last byte is missing.", good[:-1]),
         ("cut-header", "Cut within the lengths.", good[:9]),

@@ -1,4 +1,4 @@
-"""Valid runs that show what is visible: writers, workers, modes, attempts, parts, merges, bundles."""
+"""Valid runs that show what is visible: writers, modes, attempts, parts, merges, bundles."""
 
 from __future__ import annotations
 
@@ -241,7 +241,7 @@ def _merged() -> RunCase:
 def _merged_shapes() -> RunCase:
     run = RunCase(
         "merged-shapes",
-        "One segment says [3], another [4]: the merged one says −1, the lengths go to the entries.",
+        "One segment says [3], another [4]: the merged one says -1, the lengths go to the entries.",
     )
     writer = run.writer()
     writer.save(S("x", shape=(3,)), [0], [smooth((3,), 0)])
@@ -357,7 +357,7 @@ def _bundle(*, heads_only: bool) -> RunCase:
 def _stale_bundle() -> RunCase:
     run = RunCase(
         "bundle-stale",
-        "A bundle from before a merge: it names a segment that is gone and lacks one that is there.",
+        "A bundle from before a merge: it names segments that are gone, and lacks one that is there.",
     )
     writer = run.writer()
     _save_three_flushes(writer)

@@ -79,7 +79,7 @@ def _in_page(kind: int, at: int = 20) -> Change:
     return change
 
 
-def _header(**fields: Any) -> Change:
+def _header(**fields: object) -> Change:
     return lambda segment: segment.header.update(fields)
 
 
@@ -87,7 +87,7 @@ def _root(number: int, **fields: int) -> Change:
     return lambda segment: segment.pages[number].root.update(fields)
 
 
-def _row(page_kind: int, number: int, /, **fields: Any) -> Change:
+def _row(page_kind: int, number: int, /, **fields: object) -> Change:
     return lambda segment: segment.page(page_kind).rows[number].update(fields)
 
 
@@ -105,7 +105,7 @@ def _rows(kind: int, change: Callable[[list[Row]], Any]) -> Change:
     return changed
 
 
-def _inline(payload: bytes, **fields: Any) -> Change:
+def _inline(payload: bytes, **fields: object) -> Change:
     facts = {
         "inline": payload, "nbytes": len(payload), "crc32c": build.crc(payload), "shard": NO_SHARD,
     }  # fmt: skip
@@ -143,8 +143,8 @@ def _header_changes() -> Iterator[tuple[str, str, str, Change]]:
         ("flags", "A reserved flag is set.", {"flags": 2}),
         ("reserved", "A reserved byte is not zero.", {"reserved": bytes(83) + b"\1"}),
         ("num-workers", "num_workers is 0.", {"num_workers": 0}),
-        ("resume-step", "resume_step is −1.", {"resume_step": -1}),
-        ("complete-through", "complete_through is −2.", {"complete_through": (-1, -1, -1, -2)}),
+        ("resume-step", "resume_step is -1.", {"resume_step": -1}),
+        ("complete-through", "complete_through is -2.", {"complete_through": (-1, -1, -1, -2)}),
         ("root-nbytes", "root_nbytes is no multiple of 64.", {"root_nbytes": 250}),
         ("head-short", "head_nbytes ends before the shard page.", {"head_nbytes": 700}),
         ("series", "The catalog has fewer rows than the header says.", {"series": 9}),
@@ -167,7 +167,7 @@ def _root_changes() -> Iterator[tuple[str, str, str, Change]]:
     yield "root-checksum", "Both roots fail their checksum.", "checksum", _both_roots
     for field in ("nbytes", "raw_nbytes", "rows"):
         title = f"limit-page-{field.replace('_', '-')}"
-        yield title, f"A page with {field} 2^32 − 1.", "limit", _root(0, **{field: 2**32 - 1})
+        yield title, f"A page with {field} 2^32 - 1.", "limit", _root(0, **{field: 2**32 - 1})
     yield "limit-page-step", "A page with max_step 2^62.", "limit", _root(2, max_step=1 << 62)
     for title, about, number, fields in (
         ("root-reserved", "A reserved byte of a root row is not zero.", 0, {"reserved": 1}),
@@ -199,7 +199,7 @@ def _root_changes() -> Iterator[tuple[str, str, str, Change]]:
     yield "root-overlap", "Two pages overlap by 8 bytes.", "malformed", moved(-8)
     yield (
         "root-offset-overflow",
-        "A page begins at 2^64 − 8.",
+        "A page begins at 2^64 - 8.",
         "malformed",
         _root(2, offset=2**64 - 8),
     )
@@ -237,8 +237,8 @@ def _catalog_changes() -> Iterator[tuple[str, str, str, Change]]:
         ("step-table-name", "A step table with a name.",
          {"kind": 2, "dtype": "int64", "shape": [2], "grid": [0]}),
         ("grid-rank", "The grid is shorter than the shape.", {"grid": [2]}),
-        ("grid-negative", "A grid length of −1.", {"grid": [2, -1]}),
-        ("length-negative", "An axis of −2.", {"shape": [4, -2]}),
+        ("grid-negative", "A grid length of -1.", {"grid": [2, -1]}),
+        ("length-negative", "An axis of -2.", {"shape": [4, -2]}),
         ("origin-rank", "The origin is shorter than the global shape.", part | {"origin": [0]}),
         ("part-rank", "A part of another rank than its global tensor.",
          {"global_shape": [80], "origin": [0]}),
@@ -260,8 +260,8 @@ def _shard_changes() -> Iterator[tuple[str, str, str, Change]]:
     yield "shards-checksum", "The shard page is damaged.", "checksum", _in_page(SHARDS)
     yield "limit-shard-worker", "A shard of worker 10^6.", "limit", _row(SHARDS, 0, worker=10**6)
     yield "limit-shard-number", "A shard numbered 10^12.", "limit", _row(SHARDS, 0, number=10**12)
-    yield "shard-number", "A shard numbered −1.", "malformed", _row(SHARDS, 0, number=-1)
-    yield "shard-nbytes", "A shard of −1 bytes.", "malformed", _row(SHARDS, 0, nbytes=-1)
+    yield "shard-number", "A shard numbered -1.", "malformed", _row(SHARDS, 0, number=-1)
+    yield "shard-nbytes", "A shard of -1 bytes.", "malformed", _row(SHARDS, 0, nbytes=-1)
     yield (
         "shard-twice", "The same shard twice.", "malformed",
         _rows(SHARDS, lambda rows: rows.append(dict(rows[0]))),
@@ -274,13 +274,13 @@ def _entry_changes() -> Iterator[tuple[str, str, str, Change]]:
     for title, about, change in (
         ("count", "An entry of 2^20 + 1 steps.", _row(ENTRIES, 0, count=2**20 + 1)),
         ("inline", "65,544 bytes inline.", _inline(large, raw_nbytes=len(large), count=8193)),
-        ("chunk-raw", "A chunk of 2^32 − 1 raw bytes.", _row(ENTRIES, 2, raw_nbytes=2**32 - 1)),
-        ("chunk", "A payload of 2^32 − 1 bytes.", _row(ENTRIES, 2, nbytes=2**32 - 1)),
+        ("chunk-raw", "A chunk of 2^32 - 1 raw bytes.", _row(ENTRIES, 2, raw_nbytes=2**32 - 1)),
+        ("chunk", "A payload of 2^32 - 1 bytes.", _row(ENTRIES, 2, nbytes=2**32 - 1)),
         ("dims", "A length of 2^48 + 1.", _row(ENTRIES, 2, dims=[2**48 + 1])),
     ):
         yield f"limit-{title}", about, "limit", change
     for title, about, fields in (
-        ("stride-overflow", "step + stride · (count − 1) passes 2^63.", {"stride": 2**62}),
+        ("stride-overflow", "step + stride * (count - 1) passes 2^63.", {"stride": 2**62}),
         ("step", "A step of 2^62.", {"step": 2**62, "count": 1, "stride": 1}),
     ):
         # The root's max_step cannot be true, nor overflow here.
@@ -292,7 +292,7 @@ def _entry_changes() -> Iterator[tuple[str, str, str, Change]]:
         yield f"limit-{title}", about, "limit", change
     for title, about, number, fields in (
         ("series", "An entry of a series that is not there.", 2, {"series": 2}),
-        ("step-negative", "A step of −1.", 0, {"step": -1}),
+        ("step-negative", "A step of -1.", 0, {"step": -1}),
         ("stride-zero", "A stride of 0.", 0, {"stride": 0}),
         ("stride-of-one", "One step, with a stride of 2.", 1, {"stride": 2}),
         ("count-zero", "No steps.", 1, {"count": 0}),
@@ -301,14 +301,14 @@ def _entry_changes() -> Iterator[tuple[str, str, str, Change]]:
         ("flush-after", "A flush that the segment does not cover.", 1,
          {"first_flush": 2, "last_flush": 2}),
         ("flush-order", "first_flush is greater than last_flush.", 0, {"last_flush": 0}),
-        ("dims-missing", "No length for an axis of −1.", 2, {"dims": []}),
+        ("dims-missing", "No length for an axis of -1.", 2, {"dims": []}),
         ("dims-more", "A length for no axis.", 0, {"dims": [1]}),
-        ("dims-negative", "A length of −1.", 2, {"dims": [-1]}),
+        ("dims-negative", "A length of -1.", 2, {"dims": [-1]}),
         ("chunk", "A chunk outside of the grid.", 2, {"chunk": 2}),
         ("raw-nbytes", "raw_nbytes is not that of the box.", 2, {"raw_nbytes": 164}),
         ("shard", "A shard that is not there.", 2, {"shard": 1}),
         ("offset-unaligned", "A payload at no multiple of 8.", 2, {"offset": 4}),
-        ("offset-negative", "A payload at −8.", 2, {"offset": -8}),
+        ("offset-negative", "A payload at -8.", 2, {"offset": -8}),
         ("offset-overflow", "A payload that ends beyond 2^63.", 2, {"offset": 2**63 - 8}),
         ("offset-beyond", "A payload that ends beyond the shard row.", 2, {"offset": 1 << 30}),
         ("inline-offset", "An inline payload with an offset.", 0, {"offset": 8}),

@@ -7,7 +7,7 @@ from argparse import Namespace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from tensorstore_fmt.cli.failures import describe
+from tensorstore_fmt.cli.failures import EXIT_PROBLEM, describe
 from tensorstore_fmt.cli.output import Output, json_value
 from tensorstore_fmt.cli.session import open_run
 from tensorstore_fmt.cli.text import bytes_text, steps_text
@@ -19,14 +19,14 @@ __all__ = ["info"]
 
 
 def info(arguments: Namespace, output: Output) -> int:
-    """Describe a run."""
+    """Describe a run; 1 if its index is damaged."""
     with open_run(arguments, output) as run:
         facts, steps = _facts(run)
     if output.is_json:
         output.json(facts)
-        return 0
-    _show(facts, steps, output)
-    return 0
+    else:
+        _show(facts, steps, output)
+    return EXIT_PROBLEM if facts["damage"] else 0
 
 
 def _facts(run: Run) -> tuple[dict[str, Any], dict[str, list[int]]]:

@@ -6,20 +6,30 @@ import json
 import os
 import warnings
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from tensorstore_fmt.cli.expressions import parse_step, parse_steps
 from tensorstore_fmt.cli.failures import UsageError
 from tensorstore_fmt.cli.folders import find_runs
 from tensorstore_fmt.cli.output import Output
+from tensorstore_fmt.cli.parser import PROGRAM
 from tensorstore_fmt.errors import NotARunError
 
 if TYPE_CHECKING:
     from tensorstore_fmt.interop.picking import Step, Where
     from tensorstore_fmt.reading.run import Run
 
-__all__ = ["one_step", "open_run", "open_url", "selection", "step_range", "storage_options"]
+__all__ = [
+    "explaining",
+    "one_step",
+    "open_run",
+    "open_url",
+    "selection",
+    "step_range",
+    "storage_options",
+]
 
 _SHOWN_RUNS = 5
 
@@ -70,7 +80,7 @@ def open_run(arguments: Namespace, output: Output) -> Run:
         warnings.simplefilter("always")
         run = open_url(arguments.url, storage_options(arguments))
     for warning in caught:
-        output.note(f"warning: {warning.message}")
+        output.note(f"{PROGRAM}: warning: {warning.message}")
     return run
 
 
@@ -80,8 +90,15 @@ def open_url(url: str, options: Mapping[str, object] | None) -> Run:
         open_run as open_,
     )  # NumPy and Arrow, which help needs not
 
-    try:
+    with explaining(url, options):
         return open_(url, storage_options=options)
+
+
+@contextmanager
+def explaining(url: str, options: Mapping[str, object] | None) -> Iterator[None]:
+    """Say more about a place where there is no run: what is there instead."""
+    try:
+        yield
     except NotARunError as error:
         if error.code != NotARunError.default_code:
             raise

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from tensorstore_fmt.cli.failures import EXIT_PROBLEM
 from tensorstore_fmt.cli.output import Output
-from tensorstore_fmt.cli.session import storage_options
+from tensorstore_fmt.cli.session import explaining, storage_options
 
 __all__ = ["compact", "recover", "verify"]
 
@@ -23,9 +23,9 @@ def verify(arguments: Namespace, output: Output) -> int:
     """Check every byte of a run; 1 if there is damage."""
     import tensorstore_fmt as tsf
 
-    report = tsf.verify(
-        arguments.url, storage_options=storage_options(arguments), progress=output.progress
-    )
+    options = storage_options(arguments)
+    with explaining(arguments.url, options):
+        report = tsf.verify(arguments.url, storage_options=options, progress=output.progress)
     return _say(report, output)
 
 
@@ -33,12 +33,14 @@ def recover(arguments: Namespace, output: Output) -> int:
     """Save what a crash left behind."""
     import tensorstore_fmt as tsf
 
-    report = tsf.recover(
-        arguments.url,
-        storage_options=storage_options(arguments),
-        dry_run=arguments.dry_run,
-        force=arguments.force,
-    )
+    options = storage_options(arguments)
+    with explaining(arguments.url, options):
+        report = tsf.recover(
+            arguments.url,
+            storage_options=options,
+            dry_run=arguments.dry_run,
+            force=arguments.force,
+        )
     return _say(report, output)
 
 
@@ -46,7 +48,9 @@ def compact(arguments: Namespace, output: Output) -> int:
     """Merge the index of a closed run."""
     import tensorstore_fmt as tsf
 
-    report = tsf.compact(arguments.url, storage_options=storage_options(arguments))
+    options = storage_options(arguments)
+    with explaining(arguments.url, options):
+        report = tsf.compact(arguments.url, storage_options=options)
     return _say(report, output)
 
 

@@ -407,7 +407,8 @@ def _inner(found: Found, layout_: _Layout, touched: Touched, steps: _I64, entry:
         inner //= np.ascontiguousarray(rows["stride"]).take(flat)
     if repeats.any():
         inner[np.isin(flat, used[repeats])] = 0
-    return inner.reshape(entry.shape)
+    shaped: _I64 = inner.reshape(entry.shape)
+    return shaped
 
 
 def _find_chunks(

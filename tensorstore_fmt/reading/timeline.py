@@ -54,7 +54,8 @@ class Timeline:
         step = self.step
         if len(step) < 2:
             return step.copy()
-        return step[np.concatenate([[True], step[1:] != step[:-1]])]
+        distinct: _I64 = step[np.concatenate([[True], step[1:] != step[:-1]])]
+        return distinct
 
     def take(self, keep: NDArray[np.bool_] | _I64) -> Timeline:
         """Give some of the rows."""

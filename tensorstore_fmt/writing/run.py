@@ -570,9 +570,9 @@ class RunWriter:
         self._storage.close()
         self._buffers.clear()
         _open_writers.discard(self)
+        self._failures.check()
         if self._report.dropped:
             warnings.warn(f"{self.url}: {self._report}", RuntimeWarning, stacklevel=2)
-        self._failures.check()
         return self._report
 
     def _make_report(self) -> CloseReport:
