@@ -357,7 +357,7 @@ def _bundle(*, heads_only: bool) -> RunCase:
 def _stale_bundle() -> RunCase:
     run = RunCase(
         "bundle-stale",
-        "A bundle from before a merge: it names segments that are gone, and lacks one that is there.",
+        "A bundle from before a merge: it names segments that are gone and lacks one that is.",
     )
     writer = run.writer()
     _save_three_flushes(writer)

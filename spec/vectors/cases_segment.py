@@ -42,6 +42,14 @@ def cases() -> Iterator[FileCase]:
         segment = copy.deepcopy(good)
         data = change(segment)
         yield case(border, about, code, segment.encode() if data is None else data)
+    for title, about, fields in (
+        ("worker-too-great", "Worker 1 of 1.", {"worker": 1}),
+        ("writer-zero", "The writer is 0.", {"writer": 0}),
+    ):
+        segment = copy.deepcopy(good)
+        segment.header.update(fields)
+        facts = {"name": segment.name, "run_id": run_id.hex(), "code": "malformed"}
+        yield FileCase(f"segment-{title}", about, "segment", segment.encode(), facts)
     data = good.encode()
     yield case("longer", "One byte follows the end.", "malformed", data + b"\0")
     for part, at in good.borders:

@@ -54,7 +54,12 @@ def as_text(document: dict[str, Any]) -> bytes:
 def files() -> Iterator[tuple[str, bytes]]:
     """Give all files below this folder that are generated, with their paths."""
     yield "VERSIONS.json", as_text(versions())
-    valid = (cases_content.cases(), cases_index.cases(), cases_damage.valid_cases())
+    valid = (
+        cases_content.cases(),
+        cases_index.cases(),
+        cases_damage.valid_cases(),
+        [walkthrough.case()],
+    )
     for run in (run for cases in valid for run in cases):
         for path, data in run.bytes().items():
             yield f"valid/{run.name}/{path}", data

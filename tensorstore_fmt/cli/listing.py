@@ -119,12 +119,13 @@ def _add(row: dict[str, Any], each: dict[str, Any], *, is_data: bool) -> None:
 
 def _cells(row: dict[str, Any]) -> list[str]:
     first, last = row["first_step"], row["last_step"]
+    span = f"{first}..{last}" if last > first else str(first)
     return [
         row["name"],
         row["kind"],
         row["dtype"],
         "mixed" if row["shape"] is None else shape_text(row["shape"]),
-        steps_text(row["steps"]) if "steps" in row else f"{first}..{last}",
+        steps_text(row["steps"]) if "steps" in row else span,
         f"{row['saved']:,}",
         bytes_text(row["raw_nbytes"]),
         bytes_text(row["stored_nbytes"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -68,7 +69,7 @@ class Output:
         self.is_json = is_json
         self._drawn_at = 0.0
         self._drawn = 0
-        self._has_progress = sys.stderr is not None and sys.stderr.isatty()
+        self._has_progress = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
     @property
     def width(self) -> int | None:
@@ -109,7 +110,7 @@ class Output:
         if not self._has_progress or time.monotonic() - self._drawn_at < _REDRAW_S:
             return
         self._drawn_at = time.monotonic()
-        amount = f"{done:,} of {total:,}" if total else f"{done:,}"
+        amount = f"{100 * done // total:3d} %" if total else f"{done:,}"
         columns = shutil.get_terminal_size().columns - 1
         text = escape(f"{amount}  {what}")[:columns]
         sys.stderr.write("\r" + text.ljust(self._drawn))

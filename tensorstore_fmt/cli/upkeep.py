@@ -40,6 +40,7 @@ def recover(arguments: Namespace, output: Output) -> int:
             storage_options=options,
             dry_run=arguments.dry_run,
             force=arguments.force,
+            progress=output.progress,
         )
     return _say(report, output)
 
@@ -50,7 +51,7 @@ def compact(arguments: Namespace, output: Output) -> int:
 
     options = storage_options(arguments)
     with explaining(arguments.url, options):
-        report = tsf.compact(arguments.url, storage_options=options)
+        report = tsf.compact(arguments.url, storage_options=options, progress=output.progress)
     return _say(report, output)
 
 

@@ -60,6 +60,8 @@ def _cat_scalar(
         saved_steps(tensor, steps)
     columns = {c: table[c].to_pylist() for c in ("step", "mode", "worker")}
     columns["value"] = scalars.values().to_pylist()
+    if all(kind in ("int64", "uint64") for kind in kinds):  # the largest come as digits
+        columns["value"] = [int(value) for value in columns["value"]]
     if output.is_json:
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         output.json({"run": run.describe(), "name": tensor.name, "values": rows})

@@ -16,6 +16,7 @@ import zstandard
 
 from tensorstore_fmt.errors import ChecksumError, FormatError, LimitError, TruncatedError
 from tensorstore_fmt.format import layout
+from tensorstore_fmt.format.arrow_stream import check_stream
 from tensorstore_fmt.format.columns import fixed, numbers
 from tensorstore_fmt.format.ragged import Ragged
 
@@ -263,6 +264,7 @@ def load_page(
         raise FormatError(f"{where}: a page is no zstd frame: {error}") from None
     if len(raw) != raw_nbytes:
         raise FormatError(f"{where}: a page has {len(raw)} bytes, not {raw_nbytes}")
+    check_stream(raw)
     try:
         with pa.ipc.open_stream(raw) as reader:
             found_schema = reader.schema
@@ -270,8 +272,6 @@ def load_page(
                 raise FormatError(f"{where}: a page has other columns than the spec's")
             batch = reader.read_next_batch()
             batch.validate(full=True)
-            if next(iter(reader), None) is not None:
-                raise FormatError(f"{where}: a page has two record batches")
     except (pa.ArrowException, StopIteration) as error:
         raise FormatError(f"{where}: a page is no Arrow stream: {error}") from None
     if batch.num_rows != rows:

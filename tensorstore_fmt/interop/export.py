@@ -57,11 +57,6 @@ class ExportReport:
     steps: list[int]
     left_out: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def ok(self) -> bool:
-        """Always True; failures raise."""
-        return True
-
     def as_dict(self) -> dict[str, object]:
         """Give all of it as JSON would say it."""
         return asdict(self)

@@ -7,7 +7,9 @@ import math
 import sys
 import threading
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 import crc32c
@@ -35,8 +37,8 @@ __all__ = ["read_all"]
 _I64 = NDArray[np.int64]
 _Array = NDArray[Any]
 
-_THREADED_NBYTES: Final = 256 * 1024
-_REMOTE_BATCH_NBYTES: Final = 64 * 1024 * 1024
+_THREADED_NBYTES: Final = 1024 * 1024
+_REMOTE_BATCH_NBYTES: Final = 32 * 1024 * 1024  # two of them are in memory
 _LOCAL_BATCH_NBYTES: Final = 2 * 1024 * 1024
 _REMOTE_REQUEST_NBYTES: Final = 8 * 1024 * 1024
 _KEPT_SCRATCH_NBYTES: Final = 1024 * 1024
@@ -286,13 +288,22 @@ class _Reader:
         if self._storage.is_local and is_much and len(batches) > 1:
             pool.run_all(self._do, _spread(batches, pool.THREADS))
             return
-        for batch in batches:
-            data = self._fetch(batch)
-            if is_much and len(batch.payloads) > 1:
-                pieces = np.array_split(batch.payloads, min(pool.THREADS, len(batch.payloads)))
-                pool.run_all(lambda piece, data=data: self._decode(piece, data), pieces)  # type: ignore[misc]
-            else:
-                self._decode(batch.payloads, data)
+        # The next batch is fetched while this one is decoded.
+        following: Future[dict[int, memoryview]] | None = None
+        try:
+            for i, batch in enumerate(batches):
+                data = self._fetch(batch) if following is None else following.result()
+                following = None
+                if i + 1 < len(batches):
+                    following = pool.later(self._fetch, batches[i + 1])
+                if is_much and len(batch.payloads) > 1:
+                    pieces = np.array_split(batch.payloads, min(pool.THREADS, len(batch.payloads)))
+                    pool.run_all(partial(self._decode, data=data), pieces)
+                else:
+                    self._decode(batch.payloads, data)
+        finally:
+            if following is not None:
+                following.cancel()
 
     def _do(self, batches: Sequence[_Batch]) -> None:
         for batch in batches:

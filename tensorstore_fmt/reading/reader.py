@@ -47,7 +47,9 @@ def check_name(view: View, name: object) -> None:
         raise view.damage[0]
     near = get_close_matches(str(name), view.names[:_MOST_COMPARED], n=3)
     hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
-    if not near and not view.is_closed:
+    if view.damage:
+        hint += f"; it may be in what is damaged of the index: {view.damage[0]}"
+    elif not near and not view.is_closed:
         hint = "; it may be logged later: call refresh()"
     raise NameNotFoundError(
         f"no tensor is named {name!r:.200}{hint}", name=name, near=near, names=len(view.names)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
@@ -15,6 +14,7 @@ from tensorstore_fmt.format.catalog import Series
 from tensorstore_fmt.format.runfile import RunInfo
 from tensorstore_fmt.format.segment import Head, Header
 from tensorstore_fmt.reading.cache import Cache
+from tensorstore_fmt.reading.lazy import lazy
 
 __all__ = ["Cut", "Segment", "Source", "View", "Writer", "step_key"]
 
@@ -179,7 +179,7 @@ class View:
         self._sources: dict[tuple[str, int], tuple[Source, ...]] = {}
 
     # --- writers, attempts ----------------------------------------------------
-    @cached_property
+    @lazy
     def writers(self) -> dict[layout.WriterKey, Writer]:
         """All writers, by key."""
         newest: dict[layout.WriterKey, Header] = dict(self._headers)
@@ -200,17 +200,17 @@ class View:
             for rank, key in enumerate(ordered)
         }
 
-    @cached_property
+    @lazy
     def attempts(self) -> tuple[int, ...]:
         """All attempts, in order."""
         return tuple(sorted({key.attempt for key in self.writers}))
 
-    @cached_property
+    @lazy
     def workers(self) -> tuple[int, ...]:
         """All workers that wrote something, in order."""
         return tuple(sorted({key.worker for key in self.writers}))
 
-    @cached_property
+    @lazy
     def newest_writers(self) -> dict[int, list[Writer]]:
         """Writers of the newest attempt, by worker; also workers that have none yet."""
         if not self.writers:
@@ -221,7 +221,7 @@ class View:
             by_worker.setdefault(writer.key.worker, []).append(writer)
         return by_worker
 
-    @cached_property
+    @lazy
     def num_workers(self) -> int:
         """Workers of the newest attempt; 0 if there is none."""
         return max(
@@ -233,7 +233,7 @@ class View:
             default=0,
         )
 
-    @cached_property
+    @lazy
     def is_closed(self) -> bool:
         """Whether every worker of the newest attempt is there and has closed its writers."""
         by_worker = self.newest_writers
@@ -248,7 +248,7 @@ class View:
             default=0,
         )
 
-    @cached_property
+    @lazy
     def _visible_below(self) -> dict[int, int]:
         limits = {}
         limit = _ALL
@@ -300,14 +300,14 @@ class View:
         )
 
     # --- names ------------------------------------------------------------------
-    @cached_property
+    @lazy
     def names(self) -> tuple[str, ...]:
         """All names, in order."""
         found = set().union(*(segment.head.catalog.names for segment in self.segments))
         found.discard("")
         return tuple(sorted(found))
 
-    @cached_property
+    @lazy
     def used_modes(self) -> tuple[int, ...]:
         """Modes in which anything was logged, in order."""
         return tuple(sorted({source.series.mode for source in self.sources("", layout.KIND_STEPS)}))

@@ -157,13 +157,13 @@ def _u32(data: bytes, at: int) -> int:
 # --- messages -------------------------------------------------------------------------
 
 
-def _parse_message(metadata: bytes, offset: int, metadata_nbytes: int, nbytes: int) -> tuple[int, Block]:
+def _parse_message(metadata: bytes, offset: int, nbytes: int) -> tuple[int, Block]:
     """Read the metadata of a message; give its type and where it lies."""
     message = _Table.root(metadata)
     if message.number(0, "<h") != _V5:
         raise FormatError("a message is not of metadata version V5")
     kind, body_nbytes = message.number(1, "<B"), message.number(3, "<q")
-    block = Block(offset, metadata_nbytes, body_nbytes)
+    block = Block(offset, _PREFIX.size + len(metadata), body_nbytes)
     if body_nbytes < 0 or body_nbytes % 8 or block.end > nbytes:
         raise FormatError(f"a message ends at {block.end:,}, the file at {nbytes:,}")
     if kind != _RECORD_BATCH:
@@ -180,10 +180,8 @@ def _parse_message(metadata: bytes, offset: int, metadata_nbytes: int, nbytes: i
         payload = _BUFFER.unpack_from(metadata, first + i * _BUFFER.size)
         if not 0 <= payload[0] <= body_nbytes - payload[1] or payload[1] < 0:
             raise FormatError("a buffer lies outside of its record batch")
-    begin = offset + metadata_nbytes
-    return kind, replace(
-        block, rows=rows, payload_at=begin + payload[0], payload_nbytes=payload[1]
-    )
+    begin = offset + block.metadata_nbytes
+    return kind, replace(block, rows=rows, payload_at=begin + payload[0], payload_nbytes=payload[1])
 
 
 def _read_message(read: Read, offset: int, nbytes: int) -> tuple[int, Block] | None:
@@ -203,7 +201,7 @@ def _read_message(read: Read, offset: int, nbytes: int) -> tuple[int, Block] | N
         head += read(offset + len(head), end)
     metadata = head[_PREFIX.size : _PREFIX.size + size]
     try:
-        return _parse_message(metadata, offset, _PREFIX.size + size, nbytes)
+        return _parse_message(metadata, offset, nbytes)
     except struct.error as error:
         raise FormatError(f"the metadata of a message are damaged: {error}") from None
 
@@ -276,9 +274,7 @@ def parse_footer(footer: bytes, nbytes: int) -> tuple[Block, ...]:
         if table.vector(2, _BLOCK.size)[1]:
             raise FormatError("the footer lists dictionaries")
         first, count = table.vector(3, _BLOCK.size)
-        blocks = [
-            Block(*_BLOCK.unpack_from(footer, first + i * _BLOCK.size)) for i in range(count)
-        ]
+        blocks = [Block(*_BLOCK.unpack_from(footer, first + i * _BLOCK.size)) for i in range(count)]
     except struct.error as error:
         raise FormatError(f"the footer is damaged: {error}") from None
     for block in blocks:

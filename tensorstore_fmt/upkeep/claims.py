@@ -30,7 +30,7 @@ CLAIM: Final = np.dtype(
         ("stride", "i8"),
     ]
 )
-"""One chunk in a shard. ``series`` is a number of `Claims.series`, ``elements`` those of strings."""
+"""One chunk in a shard; ``series`` is a number of `Claims.series`, ``elements`` are strings."""
 
 _MOST_STEPS: Final = 100_000
 

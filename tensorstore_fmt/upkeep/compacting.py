@@ -145,7 +145,7 @@ class _Compaction:
             if not file.is_whole:
                 what = (*(p.what for p in file.problems), *map(str, file.bad_pages.values()))
                 self._left.append(f"{name.path}: {next(iter(what), 'it is damaged')}")
-            file_rows = int(file.head.root["rows"][file.head.entry_pages()].sum()) if file.head else 0
+            file_rows = sum(file.rows_of(number) for number in file.page_numbers())
             fits = (
                 file.is_whole
                 and (not group or group[-1].name.last + 1 == name.first)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from typing import Final
 
 import crc32c
@@ -16,44 +15,31 @@ from tensorstore_fmt.format import codec, grid, layout, strings
 from tensorstore_fmt.format.catalog import Series
 from tensorstore_fmt.format.page import Entries
 from tensorstore_fmt.format.segment import Catalog
+from tensorstore_fmt.upkeep.boxes import Boxes, Run
 from tensorstore_fmt.upkeep.claims import Claims, names_of
-from tensorstore_fmt.upkeep.report import Problem
+from tensorstore_fmt.upkeep.report import Names, Problem
 from tensorstore_fmt.upkeep.segment_file import SegmentFile
 
 __all__ = ["EntryChecker", "check_payload", "check_segment"]
 
-_MOST_COMPARED: Final = 10_000_000
 _TOO_MANY: Final = 1 << 30  # elements of a chunk: no limit lets this be, nothing overflows
 
-Run = tuple[int, int, int]
 
-
-def check_payload(
-    payload: memoryview | bytes,
-    *,
-    number: int,
-    dtype: str,
-    raw_nbytes: int,
-    steps: int,
-    elements: int,
-    digest: int | None,
-) -> None:
+def check_payload(payload: memoryview, row: np.void, dtype: str, elements: int) -> None:
     """Decode a payload, whose checksum is right, and check what comes out.
 
     Parameters
     ----------
-    number
-        Of the codec.
-    steps
-        Steps in the payload.
+    row
+        The entry, or the claim.
     elements
         Number of strings, if it holds such.
-    digest
-        XXH3 of the raw chunk, if the entry has one.
     """
-    raw = np.empty(raw_nbytes, np.uint8)
-    codec.decode(payload, raw, codec=number, dtype=dtype, rows=steps)
-    if digest is not None and xxhash.xxh3_64_intdigest(raw.data) != digest:
+    raw = np.empty(int(row["raw_nbytes"]), np.uint8)
+    steps = 1 if row["flags"] & layout.ENTRY_REPEAT else int(row["count"])
+    codec.decode(payload, raw, codec=int(row["codec"]), dtype=dtype, rows=steps)
+    has_digest = bool(row["flags"] & layout.ENTRY_HAS_DIGEST)
+    if has_digest and xxhash.xxh3_64_intdigest(raw.data) != int(row["digest"]):
         raise FormatError("the raw chunk does not have the digest that its entry says")
     if dtype == dtypes.STRING:
         strings.unpack_strings(raw, elements)
@@ -88,7 +74,7 @@ class EntryChecker:
         self._shards = np.zeros(len(self._head.shards), np.bool_)
         self._last_key: tuple[int, ...] = (-1, -1, -1, -1)
         self._shapes: dict[tuple[int, int, tuple[int, ...]], tuple[int, int] | None] = {}
-        self._boxes = _Boxes(self)
+        self._boxes = Boxes()
         self.entries = 0
         self.inline_chunks = 0
         self.logged: dict[int, list[Run]] = {}
@@ -101,24 +87,26 @@ class EntryChecker:
         return self._head.catalog
 
     def report(
-        self, number: int, entries: Entries | None, mask: np.ndarray, what: str, code: str = "malformed"
+        self,
+        number: int,
+        entries: Entries,
+        mask: np.ndarray,
+        what: str,
+        *,
+        code: str = "malformed",
     ) -> None:
         """Add a problem with some entries of a page."""
-        names = ()
-        if entries is not None:
-            part = entries.rows[mask]
-            catalog = self._head.catalog
-            names = names_of(
-                (catalog.names[r["series"]], int(r["step"]), int(r["stride"]), int(r["count"]))
-                for r in part
-            )
+        names = names_of(
+            (self.catalog.names[r["series"]], int(r["step"]), int(r["stride"]), int(r["count"]))
+            for r in entries.rows[mask]
+        )
         self.problem(what, code, names, int(self._head.root[number]["offset"]))
 
     def problem(
         self,
         what: str,
         code: str = "malformed",
-        names: tuple[tuple[str, tuple[int, ...]], ...] = (),
+        names: Names = (),
         offset: int | None = None,
     ) -> None:
         """Add a problem."""
@@ -162,14 +150,12 @@ class EntryChecker:
         keys = ("series", "step", "chunk", "first_flush")
         first, last = (tuple(int(rows[i][k]) for k in keys) for i in (0, -1))
         is_ascending = first > self._last_key
-        for key in reversed(keys):
-            same = rows[key][1:] == rows[key][:-1]
-            if key == "first_flush":
-                tied = same
-            else:
-                tied = tied & same
+        tied = np.ones(len(rows) - 1, np.bool_)
+        for key in keys:
+            tied &= rows[key][1:] == rows[key][:-1]
         if not is_ascending or tied.any():
-            self.report(number, None, np.empty(0, np.int64), "entries are not in strict order")
+            offset = int(self._head.root[number]["offset"])
+            self.problem("entries are not in strict order", offset=offset)
         self._last_key = last
 
     def _columns(self, number: int, entries: Entries) -> None:
@@ -186,7 +172,8 @@ class EntryChecker:
             np.add.at(dims, owner, entries.dims.values != 0)
         checks = (
             (
-                (rows["first_flush"] < header.first_flush) | (rows["last_flush"] > header.last_flush),
+                (rows["first_flush"] < header.first_flush)
+                | (rows["last_flush"] > header.last_flush),
                 "entries of flushes that the segment does not cover",
             ),
             (
@@ -220,7 +207,13 @@ class EntryChecker:
         return self._shapes[key]
 
     def _sizes(self, number: int, entries: Entries) -> tuple[np.ndarray, np.ndarray]:
-        """Check chunk numbers and raw lengths; give the elements of each payload, and what is good."""
+        """Check chunk numbers and raw lengths.
+
+        Returns
+        -------
+        tuple
+            The elements of each payload, and which entries have a payload that can be decoded.
+        """
         rows = entries.rows
         has_dims = entries.dims.lengths > 0
         per_step = np.zeros(len(rows), np.int64)
@@ -271,7 +264,7 @@ class EntryChecker:
         rows = entries.rows
         where = np.flatnonzero((rows["shard"] == layout.INLINE_SHARD) & is_good)
         offsets = entries.inline.offsets.tolist()
-        data = memoryview(entries.inline.values)
+        data = entries.inline.values.data
         bad: dict[tuple[str, str], list[int]] = {}
         for i in where.tolist():
             row = rows[i]
@@ -284,12 +277,12 @@ class EntryChecker:
             if is_plain and dtype != dtypes.STRING and row["nbytes"] == row["raw_nbytes"]:
                 continue
             try:
-                check_payload(payload, **arguments(row, dtype, int(elements[i])))
+                check_payload(payload, row, dtype, int(elements[i]))
             except FormatError as error:
                 bad.setdefault((error.code, f"inline payload: {error.message}"), []).append(i)
         self.inline_chunks += len(where)
         for (code, what), found in bad.items():
-            self.report(number, entries, np.array(found), what, code)
+            self.report(number, entries, np.array(found), what, code=code)
 
     # --- the end --------------------------------------------------------------------------
 
@@ -300,45 +293,33 @@ class EntryChecker:
         for number in self._file.bad_pages:
             row = head.root[number]
             lost |= set(range(int(row["first_series"]), int(row["last_series"]) + 1))
-        self._boxes.finish(lost)
+        for n, what, steps in self._boxes.finish():
+            if n not in lost:
+                self.halves.append((n, steps))
+                names = names_of((catalog.names[n], step, 1, 1) for step in steps)
+                self.problem(what, names=names or ((catalog.names[n], ()),))
         for n in range(len(catalog)):
-            what = _wrong_series(catalog[n])
-            if what:
-                code = "unknown_dtype" if what.startswith("dtype") else "malformed"
-                self.problem(f"series {n}: {what}", code, ((catalog.names[n], ()),))
+            wrong = _wrong_series(catalog[n])
+            if wrong is not None:
+                code = "unknown_dtype" if wrong.startswith("dtype") else "malformed"
+                self.problem(f"series {n}: {wrong}", code, ((catalog.names[n], ()),))
         if lost:
             return
         is_wrong = (self._first != catalog.column("first_step")) | (
             self._last != catalog.column("last_step")
         )
         for n in np.flatnonzero(is_wrong).tolist() if len(catalog) else ():
-            self.problem(
-                "the catalog says other steps than the entries cover", names=((catalog.names[n], ()),)
-            )
+            what = "the catalog says other steps than the entries cover"
+            self.problem(what, names=((catalog.names[n], ()),))
         if not self._shards.all():
             self.problem("the shard page has a shard that no entry names")
-
-
-def arguments(row: np.void, dtype: str, elements: int) -> dict[str, object]:
-    """Give what `check_payload` needs of an entry or a claim."""
-    has_digest = bool(row["flags"] & layout.ENTRY_HAS_DIGEST)
-    return {
-        "number": int(row["codec"]),
-        "dtype": dtype,
-        "raw_nbytes": int(row["raw_nbytes"]),
-        "steps": 1 if row["flags"] & layout.ENTRY_REPEAT else int(row["count"]),
-        "elements": elements,
-        "digest": int(row["digest"]) if has_digest else None,
-    }
 
 
 def _fits(row: Series, shape: tuple[int, ...]) -> bool:
     """Say whether a part lies in its global tensor."""
     if row.kind != layout.KIND_DATA or not row.global_shape:
         return True
-    return all(
-        o + n <= g for o, n, g in zip(row.origin, shape, row.global_shape, strict=True)
-    )
+    return all(o + n <= g for o, n, g in zip(row.origin, shape, row.global_shape, strict=True))
 
 
 def _wrong_series(row: Series) -> str | None:
@@ -356,59 +337,6 @@ def _wrong_series(row: Series) -> str | None:
     ):
         return "a step table of another shape"
     return None
-
-
-class _Boxes:
-    """Whether each saved tensor of several chunks has all of them; one series at a time."""
-
-    def __init__(self, checker: EntryChecker) -> None:
-        self._checker = checker
-        self._series = -1
-        self._chunks: dict[tuple[int, ...], tuple[int, dict[int, list[Run]]]] = {}
-        self._found: list[tuple[int, str, list[Run]]] = []
-
-    def add(self, series: int, dims: tuple[int, ...], count: int, row: np.void) -> None:
-        if series != self._series:
-            self._close()
-            self._series = series
-        _, chunks = self._chunks.setdefault(dims, (count, {}))
-        run = (int(row["step"]), int(row["stride"]), int(row["count"]))
-        chunks.setdefault(int(row["chunk"]), []).append(run)
-
-    def _close(self) -> None:
-        for count, chunks in self._chunks.values():
-            lists = list(chunks.values())
-            is_full = len(chunks) == count
-            if is_full and all(runs == lists[0] for runs in lists):
-                continue
-            if sum(r[2] for runs in lists for r in runs) > _MOST_COMPARED:
-                self._found.append((self._series, "too many steps to compare chunks", []))
-                continue
-            counted = [
-                Counter(step + k * stride for step, stride, n in runs for k in range(n))
-                for runs in lists
-            ]
-            every: Counter[int] = Counter()
-            for counts in counted:
-                every |= counts
-            missing = {
-                step for step, n in every.items() if any(counts[step] != n for counts in counted)
-            }
-            missing = missing if is_full else set(every)
-            if missing:
-                what = "a chunk is missing"
-                self._found.append((self._series, what, [(s, 1, 1) for s in sorted(missing)]))
-        self._chunks.clear()
-
-    def finish(self, lost: set[int]) -> None:
-        """Report what is missing, but for series whose entries are lost."""
-        self._close()
-        for series, what, runs in self._found:
-            if series not in lost:
-                name = self._checker.catalog.names[series]
-                self._checker.halves.append((series, [run[0] for run in runs]))
-                names = names_of((name, *run) for run in runs) or ((name, ()),)
-                self._checker.problem(what, names=names)
 
 
 def check_segment(file: SegmentFile, claims: Claims) -> EntryChecker | None:

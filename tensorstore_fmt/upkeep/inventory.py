@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -228,9 +229,7 @@ def children(
     return [other for other in names if other != name and name.covers(other)]
 
 
-def gaps(
-    names: Sequence[layout.SegmentName], first: int, last: int
-) -> list[tuple[int, int]]:
+def gaps(names: Sequence[layout.SegmentName], first: int, last: int) -> list[tuple[int, int]]:
     """Give ranges of flushes from `first` to `last` that no segment of a writer covers."""
     found = []
     for name in sorted(names, key=lambda n: n.first):
@@ -245,7 +244,7 @@ def gaps(
 def overlaps(names: Sequence[layout.SegmentName]) -> list[layout.SegmentName]:
     """Give maximal segments that overlap with the one before, which must not be."""
     found = []
-    for before, name in zip(names, names[1:], strict=False):
+    for before, name in itertools.pairwise(names):
         if before.key == name.key and name.first <= before.last:
             found.append(name)
     return found

@@ -33,6 +33,7 @@ class Liveness:
         self._now_us = now_us
         self._force = force
         self._held: set[layout.WriterKey] = set()
+        self._without_locks: set[layout.WriterKey] = set()
         self._locks = contextlib.ExitStack()
 
     def refuse_locked(self, keys: Iterable[layout.WriterKey]) -> None:
@@ -41,7 +42,7 @@ class Liveness:
             path = layout.lock_path(key)
             if self._storage.is_locked(path):
                 raise StateError(
-                    f"{self._storage.describe(path)} is locked: writer {key} is alive; close it first",
+                    f"{self._storage.describe(path)} is locked: writer {key} is alive",
                     code="locked",
                     file=path,
                     writer=str(key),
@@ -52,7 +53,7 @@ class Liveness:
 
         A lock that was asked for before says it on a disk; elsewhere silence has to.
         """
-        if self._force or (self._storage.is_local and key not in self._unlockable()):
+        if self._force or (self._storage.is_local and key not in self._without_locks):
             return
         published = max((h.published_us for h in headers if h.key == key), default=self._now_us)
         silent_us = self._now_us - published
@@ -65,11 +66,6 @@ class Liveness:
                 writer=str(key),
             )
 
-    def _unlockable(self) -> set[layout.WriterKey]:
-        return self._without_locks
-
-    _without_locks: set[layout.WriterKey] = set()  # noqa: RUF012 - replaced, never changed
-
     def hold(self, key: layout.WriterKey) -> None:
         """Take a writer's lock until `release`."""
         if key in self._held:
@@ -78,7 +74,7 @@ class Liveness:
         self._locks.enter_context(lock)
         self._held.add(key)
         if not lock.is_held:  # a file system without locks
-            self._without_locks = self._without_locks | {key}
+            self._without_locks.add(key)
 
     def release(self) -> None:
         """Remove the locks that were taken, and let go."""

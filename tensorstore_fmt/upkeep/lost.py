@@ -60,9 +60,8 @@ def _even_steps(series: Series, first: int, last: int) -> list[int]:
 
 
 def _steps_of(
-    catalog: Catalog, number: int, first: int, last: int, key: layout.WriterKey, logged: Logged
+    series: Series, first: int, last: int, key: layout.WriterKey, logged: Logged
 ) -> list[int]:
-    series = catalog[number]
     low, high = max(first, series.first_step), min(last, series.last_step)
     return logged.between(key, series.mode, low, high) or _even_steps(series, low, high)
 
@@ -78,9 +77,8 @@ def lost_of_page(file: SegmentFile, number: int, logged: Logged) -> list[tuple[S
     found = []
     for n in range(int(row["first_series"]), int(row["last_series"]) + 1):
         series = head.catalog[n]
-        steps = _steps_of(
-            head.catalog, n, int(row["min_step"]), int(row["max_step"]), file.name.key, logged
-        )
+        first, last = int(row["min_step"]), int(row["max_step"])
+        steps = _steps_of(series, first, last, file.name.key, logged)
         if not any(series.grid) and steps:
             kept = set(_kept_steps(file, n))
             steps = [s for s in steps if s not in kept]
@@ -102,10 +100,8 @@ def _kept_steps(file: SegmentFile, number: int) -> list[int]:
 def lost_of_head(catalog: Catalog, key: layout.WriterKey, logged: Logged) -> Names:
     """Give names and steps of a segment of which only the catalog is left (in the bundle)."""
     found: list[Names] = []
-    steps = (catalog.column("first_step"), catalog.column("last_step"))
     for n in np.flatnonzero(catalog.kind != layout.KIND_STEPS).tolist():
-        first, last = int(steps[0][n]), int(steps[1][n])
-        found.append(
-            ((catalog.names[n], tuple(_steps_of(catalog, n, first, last, key, logged))),)
-        )
+        series = catalog[n]
+        steps = _steps_of(series, series.first_step, series.last_step, key, logged)
+        found.append(((series.name, tuple(steps)),))
     return merge_names(found)

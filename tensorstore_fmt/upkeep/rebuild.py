@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from tensorstore_fmt.format import layout, merge, page, segment
+from tensorstore_fmt.format import layout, merge, segment
 from tensorstore_fmt.format.catalog import Series
 from tensorstore_fmt.format.page import Entries
 from tensorstore_fmt.storage import Storage
@@ -107,6 +107,7 @@ class Rebuilder:
         storage: Storage,
         run_id: bytes,
         key: layout.WriterKey,
+        *,
         files: Sequence[SegmentFile],
         logged: Logged,
         read_rows: ReadRows,

@@ -130,7 +130,7 @@ class _Recovery:
         self._open_segments(inventory)
         shards, _ = list_shards(self._storage)
         headers = [f.header for f in self._files.values() if f.header is not None]
-        keys = self._keys(inventory, shards, headers)
+        keys = self._keys(shards, headers)
         closed = closed_writers(headers)
         for key in keys:
             if key not in closed:
@@ -139,14 +139,16 @@ class _Recovery:
                 self._liveness.refuse_living(key, headers)
         self._run_json(inventory)
         plans = self._plan(inventory, shards, headers, keys)
-        if any(plan.has_changes for plan in plans):
+        for plan in plans if not self._dry_run else ():
+            self._liveness.hold(plan.key)
+        if plans:
             self._drop_bundle(inventory)
         for i, plan in enumerate(plans):
             self._progress(i, len(plans), str(plan.key))
             self._apply(plan)
         self._delete(plans)
         headers = self._headers_now(headers, plans)
-        self._seal(inventory, shards, headers)
+        self._seal(inventory, shards)
         self._check_shards(shards)
         is_closed = is_run_closed(headers)
         self._bundle(inventory, is_closed=is_closed)
@@ -176,7 +178,6 @@ class _Recovery:
 
     def _keys(
         self,
-        inventory: Inventory,
         shards: Mapping[layout.ShardName, int],
         headers: Sequence[segment.Header],
     ) -> list[layout.WriterKey]:
@@ -200,8 +201,8 @@ class _Recovery:
             inventory,
             self._files,
             shards,
-            self._child,
-            self._logged,
+            child=self._child,
+            logged=self._logged,
             now_us=self._now_us,
             closed=closed,
         )
@@ -273,12 +274,7 @@ class _Recovery:
 
     # --- shards -----------------------------------------------------------------------------
 
-    def _seal(
-        self,
-        inventory: Inventory,
-        shards: Mapping[layout.ShardName, int],
-        headers: Sequence[segment.Header],
-    ) -> None:
+    def _seal(self, inventory: Inventory, shards: Mapping[layout.ShardName, int]) -> None:
         unsure = {n.key for n, f in self._files.items() if not f.is_readable}
         for i, (name, nbytes) in enumerate(sorted(shards.items())):
             self._progress(i, len(shards), name.path)
@@ -341,10 +337,7 @@ class _Recovery:
 
     def _bundle(self, inventory: Inventory, *, is_closed: bool) -> None:
         """Write the bundle anew if it is not what it should be; remove it if the run is open."""
-        if self._dry_run:
-            fresh = inventory
-        else:
-            fresh = read_inventory(self._storage)
+        fresh = inventory if self._dry_run else read_inventory(self._storage)
         names = maximal(fresh.segments)
         is_good = fresh.bundle is not None and {r.name for r in fresh.bundle} == set(names)
         for row in fresh.bundle or () if is_good else ():

@@ -26,7 +26,8 @@ def _steps_text(steps: Sequence[int]) -> str:
         return "steps unknown"
     shown = ", ".join(map(str, steps[:_MOST_STEPS]))
     more = len(steps) - _MOST_STEPS
-    return f"step{'s' if len(steps) > 1 else ''} {shown}" + (f" and {more:,} more" if more > 0 else "")
+    text = f"step{'s' if len(steps) > 1 else ''} {shown}"
+    return f"{text} and {more:,} more" if more > 0 else text
 
 
 def _names_text(names: Names) -> str:
@@ -85,8 +86,7 @@ class _Report:
 
     def as_dict(self) -> dict[str, Any]:
         """Give everything as what JSON can say."""
-        assert dataclasses.is_dataclass(self)
-        values = dataclasses.asdict(self)
+        values: dict[str, Any] = dataclasses.asdict(self)  # type: ignore[call-overload] # all are
         values["ok"] = self.ok
         return values
 
@@ -132,14 +132,14 @@ class VerifyReport(_Report):
 
     def __str__(self) -> str:
         n = len(self.damage)
-        lines = [
+        text = (
             f"{self.url}: {'ok' if self.ok else f'{n:,} places are DAMAGED'}; checked "
             f"{self.segments:,} segments, {self.shards:,} shards, {self.entries:,} entries, "
             f"{self.chunks:,} chunks, {self.nbytes / 1e6:,.1f} MB"
-        ]
+        )
         if self.unreferenced_nbytes:
-            lines[0] += f" ({self.unreferenced_nbytes / 1e6:,.1f} MB of payload are not referenced)"
-        return "\n".join(lines + _lines(self.problems, len(self.problems)))
+            text += f" ({self.unreferenced_nbytes / 1e6:,.1f} MB of payload are not referenced)"
+        return "\n".join([text, *_lines(self.problems, len(self.problems))])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -262,12 +262,12 @@ class CompactReport(_Report):
         return not self.left
 
     def __str__(self) -> str:
-        lines = [
+        text = (
             f"{self.url}: {self.segments_before:,} segments ({self.nbytes_before / 1e6:,.2f} MB) "
             f"are {self.segments_after:,} now ({self.nbytes_after / 1e6:,.2f} MB)"
             f"{', with a bundle' if self.has_bundle else ''}"
-        ]
-        return "\n".join(lines + _lines(self.left, len(self.left)))
+        )
+        return "\n".join([text, *_lines(self.left, len(self.left))])
 
 
 def mode_text(mode: int) -> str | None:

@@ -47,7 +47,7 @@ class Part:
         return self.take(~np.isin(self.entries.rows["series"], gridded))
 
     def tidy(self) -> Part:
-        """Leave out series and shards without entries, and sum up anew what stands in the catalog."""
+        """Leave out series and shards without entries, and sum up the entries of series anew."""
         rows = self.entries.rows.copy()
         used, number = np.unique(rows["series"], return_inverse=True)
         is_here = rows["codec"] != layout.CODEC_DROPPED
@@ -81,13 +81,9 @@ class Part:
         rows["series"] = place[rows["series"]]
         keys = (rows["first_flush"], rows["chunk"], rows["step"], rows["series"])
         entries = part.entries.take(np.lexsort(keys))
-        data = memoryview(
-            b"".join(
-                segment.encode(
-                    header, [part.series[n] for n in order], part.shards, page.encode_entries(entries)
-                )
-            )
-        )
+        series = [part.series[n] for n in order]
+        pages = page.encode_entries(entries)
+        data = memoryview(b"".join(segment.encode(header, series, part.shards, pages)))
         found = segment.decode_header(data, where=header.name.path)
         head = segment.decode_head(found, data)
 
@@ -127,7 +123,8 @@ def _sure_rows(rows: Sequence[dict[str, Any]]) -> list[tuple[Series, dict[str, A
     doubtful: set[tuple[object, ...]] = set()
     for row in rows:
         series = _series_of(row)
-        save = (series.identity, series.shape, row["step"], row["stride"], row["count"], row["flush"])
+        numbers = (row["step"], row["stride"], row["count"], row["flush"])
+        save = (series.identity, series.shape, *numbers)
         key = (*save, row["chunk"])
         known = chosen.setdefault(key, (series, row))
         if any(known[1][k] != row[k] for k in _CONTENT):
@@ -166,7 +163,8 @@ def part_of_rows(rows: Sequence[dict[str, Any]]) -> Part:
     for series, row in found:
         known = shapes.setdefault(series.identity, series)
         if known.shape != series.shape:
-            shape = tuple(m if m == n else -1 for m, n in zip(known.shape, series.shape, strict=True))
+            pairs = zip(known.shape, series.shape, strict=True)
+            shape = tuple(m if m == n else -1 for m, n in pairs)
             shapes[series.identity] = replace(known, shape=shape)
         end = row["offset"] + row["nbytes"]
         ends[row["shard"]] = max(end, ends.get(row["shard"], 0))

@@ -85,6 +85,11 @@ class SegmentFile:
         """Give the numbers (rows of the root) of all entry pages."""
         return [] if self.head is None else self.head.entry_pages().tolist()
 
+    def rows_of(self, number: int) -> int:
+        """Give the number of entries in a page."""
+        assert self.head is not None
+        return int(self.head.root["rows"][number])
+
     def pages(self, numbers: list[int] | None = None) -> Iterator[tuple[int, Entries]]:
         """Decode entry pages, a few MB at a time; those that are damaged go to `bad_pages`."""
         head = self.head
@@ -151,7 +156,7 @@ class SegmentFile:
         data = self._open_header(run_id)
         if self.header is not None:
             self._check_length()
-            root = self._open_root(data, self.header)
+            root = self._open_root(self.header)
             if root is not None:
                 self._open_head(data + root, self.header)
         if self.head is None and self.spare:
@@ -197,7 +202,7 @@ class SegmentFile:
             error = FormatError(f"{self.nbytes:,} bytes, should have {wanted:,}")
             self.note(error, "the file is too long", wanted)
 
-    def _open_root(self, header_bytes: bytes, header: segment.Header) -> bytes | None:
+    def _open_root(self, header: segment.Header) -> bytes | None:
         begin = header.file_nbytes - _HEADER_NBYTES - header.root_nbytes
         good = None
         for offset, what in ((_HEADER_NBYTES, "the root"), (begin, "the copy of the root")):
@@ -253,7 +258,8 @@ def open_segment(
 def _check_header(header: segment.Header, where: str) -> None:
     """Check what the spec says of a header and `decode_header` leaves out."""
     if header.key.worker >= header.num_workers or not header.key.writer:
-        raise FormatError(f"{where}: worker {header.key.worker} of {header.num_workers}", file=where)
+        what = f"worker {header.key.worker} of {header.num_workers}"
+        raise FormatError(f"{where}: {what}, writer {header.key.writer}", file=where)
 
 
 def _end(row: np.void) -> int:

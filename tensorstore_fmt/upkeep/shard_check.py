@@ -72,7 +72,8 @@ class _Checker:
         if major != layout.MAJOR:
             return {"code": "unsupported_version", "what": f"format version {major}"}, b""
         key = self._key
-        wanted = [request["run_id"], key.worker, key.attempt, f"{key.writer:016x}", request["number"]]
+        wanted = [request["run_id"], key.worker, key.attempt, f"{key.writer:016x}"]
+        wanted.append(request["number"])
         if found != wanted:
             return {"code": "wrong_run", "what": f"it says that it is {found}"}, b""
         return {}, b""
@@ -175,8 +176,14 @@ class _Rows:
     def row(self, i: int) -> ShardRow:
         column = {name: values[i] for name, values in self.columns.items()}
         series = Series(
-            **{k: column[k] for k in ("name", "kind", "mode", "dtype")},
-            **{k: tuple(column[k]) for k in ("shape", "grid", "global_shape", "origin")},
+            name=column["name"],
+            kind=column["kind"],
+            mode=column["mode"],
+            dtype=column["dtype"],
+            shape=tuple(column["shape"]),
+            grid=tuple(column["grid"]),
+            global_shape=tuple(column["global_shape"]),
+            origin=tuple(column["origin"]),
         )
         rest = ("step", "stride", "count", "chunk", "flush", "codec", "flags", "nbytes")
         more = ("raw_nbytes", "crc32c", "digest")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -101,7 +102,7 @@ class ShardChild:
             "OMP_NUM_THREADS": "1",
         }
         # -P: never import what lies in the working directory, which may be the run's.
-        self._process = subprocess.Popen(
+        self._process = subprocess.Popen(  # noqa: S603 - this interpreter, a module of ours
             [sys.executable, "-P", "-m", _MODULE],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -144,10 +145,8 @@ class ShardChild:
         process.kill()
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
-                try:
+                with contextlib.suppress(OSError):  # what was not written yet
                     pipe.close()
-                except OSError:  # what was not written yet
-                    pass
         return process.wait()
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ from tensorstore_fmt.storage import Range, Storage
 from tensorstore_fmt.upkeep import arrow_file
 from tensorstore_fmt.upkeep.arrow_file import ArrowFrame, Block
 from tensorstore_fmt.upkeep.claims import Claims
-from tensorstore_fmt.upkeep.entry_check import arguments, check_payload
+from tensorstore_fmt.upkeep.entry_check import check_payload
 from tensorstore_fmt.upkeep.report import Names, Problem
 from tensorstore_fmt.upkeep.shard_child import ChildDiedError, ShardChild
 
@@ -114,13 +114,11 @@ class ShardCheck:
             if frame.problem:
                 self.problem("malformed", f"damaged Arrow file: {frame.problem}", frame.end)
             elif [b.place for b in frame.batches] != [b.place for b in frame.footer or ()]:
-                self.problem(
-                    "malformed", "the footer lists other record batches", frame.footer_at
-                )
+                self.problem("malformed", "the footer lists other record batches", frame.footer_at)
             return
         torn = frame.torn_nbytes
         is_named = bool((ends > frame.end).any() and self.nbytes > frame.end)
-        if frame.problem and (is_named or frame.schema is None and self.nbytes):
+        if frame.problem and (is_named or (frame.schema is None and self.nbytes)):
             what = f"damaged Arrow file: {frame.problem}"
             self.problem("malformed", what, frame.end, is_note=not is_named and not self.is_closed)
         elif frame.is_ended and self.is_closed:
@@ -188,7 +186,8 @@ class ShardCheck:
         bad: dict[tuple[int, str, str], list[int]] = {}
         what_counts = ["offset", "nbytes", "raw_nbytes", "crc32c", "codec", "flags", "digest"]
         for i, claim in enumerate(claims):
-            start, stop = int(claim["offset"]) - begin, int(claim["offset"] + claim["nbytes"]) - begin
+            start = int(claim["offset"]) - begin
+            stop = start + int(claim["nbytes"])
             if stop > len(data):
                 continue  # cut off: reported; or it spans two pieces: then one of its own
             key = claim[what_counts].tobytes()
@@ -209,7 +208,7 @@ class ShardCheck:
             return "checksum", f"checksum of a chunk is {found:08x}, not {claim['crc32c']:08x}"
         dtype = self.claims.series[claim["series"]][1]
         try:
-            check_payload(payload, **arguments(claim, dtype, int(claim["elements"])))
+            check_payload(payload, claim, dtype, int(claim["elements"]))
         except FormatError as error:
             return error.code, f"a chunk: {error.message}"
         return None

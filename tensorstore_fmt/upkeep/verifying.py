@@ -234,7 +234,8 @@ class _Verification:
         """Check that a writer's segments are nested and leave no gap."""
         names = maximal(inventory.of(key))
         for name in overlaps(names):
-            self._problem("malformed", name.path, "its flushes overlap with those of another segment")
+            what = "its flushes overlap with those of another segment"
+            self._problem("malformed", name.path, what)
         last = max(name.last for name in names)
         known = is_known_loss([self._files[n] for n in names])
         for gap in gaps(names, 0, last):

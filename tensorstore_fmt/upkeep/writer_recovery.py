@@ -1,4 +1,4 @@
-"""What has to be done about one writer: nothing, closing it, or putting its index together again."""
+"""What has to be done about one writer: nothing, closing it, or rebuilding its index."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tensorstore_fmt.format import layout, segment
+from tensorstore_fmt.format import layout, merge, segment
 from tensorstore_fmt.storage import Range, Storage
 from tensorstore_fmt.upkeep.inventory import (
     Inventory,
@@ -80,9 +80,9 @@ class WriterRecovery:
         inventory: Inventory,
         files: Mapping[layout.SegmentName, SegmentFile],
         shards: Mapping[layout.ShardName, int],
+        *,
         child: ShardChild,
         logged: Logged,
-        *,
         now_us: int,
         closed: set[layout.WriterKey],
     ) -> None:
@@ -174,7 +174,8 @@ class WriterRecovery:
                 plan.actions.append(Action(kind="delete", file=file.path, what=what))
             else:
                 plan.set_aside.append(file)
-                plan.actions.append(Action(kind="set_aside", file=file.path, what=f"damaged; {what}"))
+                action = Action(kind="set_aside", file=file.path, what=f"damaged; {what}")
+                plan.actions.append(action)
 
     # --- closing ----------------------------------------------------------------------------
 
@@ -203,11 +204,12 @@ class WriterRecovery:
             if not same and key.attempt:
                 return None
             workers = {n.key.worker for n in self._shards if n.key.attempt == key.attempt}
+            workers.add(key.worker)
             info = self._inventory.info
             base = segment.Header(
                 run_id=plan.run_id,
                 key=key,
-                num_workers=max([w + 1 for w in workers | {key.worker}] + [h.num_workers for h in same]),
+                num_workers=max([*(w + 1 for w in workers), *(h.num_workers for h in same)]),
                 resume_step=min((h.resume_step for h in same), default=0),
                 first_flush=0,
                 last_flush=0,
@@ -251,7 +253,12 @@ class WriterRecovery:
             )
             return
         rebuilder = Rebuilder(
-            self._storage, plan.run_id, key, files, self._logged, lambda flushes: self._rows(key, flushes)
+            self._storage,
+            plan.run_id,
+            key,
+            files=files,
+            logged=self._logged,
+            read_rows=lambda flushes: self._rows(key, flushes),
         )
         names = [n for n in top if known is None or n.first <= known[1]]
         pieces = self._pieces(rebuilder, names, known)
@@ -323,7 +330,7 @@ class WriterRecovery:
             piece.lost[i] = replace(lost, what=f"all segments are gone; {lost.what}")
         return [piece]
 
-    def _last_flush(self, source: Any) -> int:
+    def _last_flush(self, source: merge.MergeInput) -> int:
         pages = source.head.entry_pages().tolist()
         entries = [source.head.decode_entries(n, source.read_page(n)) for n in pages]
         return max(int(e.rows["last_flush"].max()) for e in entries)

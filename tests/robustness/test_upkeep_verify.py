@@ -60,7 +60,7 @@ def test_every_bit_of_small_files_counts(run: tuple[Path, Any]) -> None:
     rng = np.random.default_rng(1)
     for path in [*segments(folder)[:3], folder / "run.json", folder / "index.bundle"]:
         data = path.read_bytes()
-        for offset in rng.integers(0, len(data), 6).tolist():
+        for offset in rng.integers(0, len(data), 3).tolist():
             flip(path, offset, int(rng.integers(8)))
             report = verify(folder)
             assert not report.ok, (path.name, offset)
@@ -73,7 +73,7 @@ def test_payload_damage_names_tensor_and_step(run: tuple[Path, Any]) -> None:
     (shard,) = shards(folder)
     data = shard.read_bytes()
     rng = np.random.default_rng(2)
-    for offset in rng.integers(5000, len(data) - 5000, 12).tolist():
+    for offset in rng.integers(5000, len(data) - 5000, 6).tolist():
         flip(shard, offset)
         failed = unreadable(folder, oracle)
         report = verify(folder)
@@ -187,11 +187,11 @@ def test_hostile_arrow_does_not_kill_us(run: tuple[Path, Any]) -> None:
     (shard,) = shards(folder)
     data = shard.read_bytes()
     rng = np.random.default_rng(3)
-    for offset in rng.integers(8, 2500, 15).tolist():
+    for offset in rng.integers(8, 2500, 6).tolist():
         flip(shard, offset, 7)
         verify(folder)
         shard.write_bytes(data)
-    for offset in rng.integers(len(data) - 2000, len(data), 15).tolist():
+    for offset in rng.integers(len(data) - 2000, len(data), 6).tolist():
         flip(shard, offset, 6)
         verify(folder)
         shard.write_bytes(data)

@@ -45,7 +45,8 @@ class Put:
     codec
         RAW, CONSTANT (the value must be constant), DELTA, or any number for a wrong one.
     skip_chunks, change
-        Chunks left out; columns of the entries to be changed afterwards.
+        Chunks left out; columns of the entries to be changed. With an ``offset`` the payload
+        is not stored: the entry points to what is there in the flush's shard.
     """
 
     name: str = "x"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import ml_dtypes
@@ -88,10 +89,8 @@ def test_an_index_is_what_python_would_read(items: list[int | slice], brackets: 
 
 @given(st.text(max_size=30))
 def test_any_text_is_an_index_or_a_usage_error(text: str) -> None:
-    try:
+    with contextlib.suppress(UsageError):
         parse_index(text)
-    except UsageError as error:
-        assert error.code == "bad_index"
 
 
 def test_steps() -> None:
