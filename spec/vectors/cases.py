@@ -452,14 +452,16 @@ class RunCase:
 
     # --- the result -------------------------------------------------------------------
 
-    def bundle_of(self, *, heads_only: bool = False) -> None:
-        """Add a bundle of all segments."""
+    def bundle_of(self, *, heads_only: bool = False) -> bytes:
+        """Add a bundle of all segments, and give its bytes."""
         copied = []
         for name, segment in self.segments:
             data = segment.encode()
             (head_nbytes,) = struct.unpack_from("<Q", data, 96)
             copied.append((name, len(data), data[:head_nbytes] if heads_only else data))
-        self.files["index.bundle"] = build.bundle(self.run_id, sorted(copied))
+        data = build.bundle(self.run_id, sorted(copied))
+        self.files["index.bundle"] = data
+        return data
 
     def bytes(self) -> dict[str, bytes]:
         """Give the files of the folder; what a case put into `files` replaces what was made."""

@@ -77,8 +77,7 @@ def _bad_bundles() -> Iterator[RunCase]:
     ):
         run = RunCase(f"mended-bundle-{name}", f"{about} It is a cache: nothing is lost.")
         _two_flushes(run)
-        run.bundle_of()
-        data = run.files["index.bundle"]
+        data = run.bundle_of()
         if name == "other-run":
             run_id = build.noise("another run", 16)
             data = build.bundle(run_id, [(n, len(s.encode()), s.encode()) for n, s in run.segments])
@@ -111,14 +110,14 @@ def _opening() -> Iterator[tuple[RunCase, str, str]]:
     run = RunCase("run-needs-feature", "run.json requires a feature that 1.0 does not have.")
     run.json_members = {"required": ["parity"]}
     yield run, "unknown_feature", "open"
-    for name, code, header in (
-        ("segment-needs-feature", "unknown_feature", {"required": 1 << 40}),
-        ("segment-of-newer-major", "unsupported_version", {"major": 2}),
+    for name, code, field, value in (
+        ("segment-needs-feature", "unknown_feature", "required", 1 << 40),
+        ("segment-of-newer-major", "unsupported_version", "major", 2),
     ):
         run = RunCase(name, "A segment that only a newer reader may read; not damage, an error.")
         writer = _two_flushes(run)
         writer.save(LOSS, [2], [f64(2)])
-        writer.publish(**header)
+        writer.publish().header[field] = value
         yield run, code, "open"
 
 

@@ -40,9 +40,6 @@ def _bundles() -> Iterator[FileCase]:
         facts = {"run_id": run.run_id.hex(), "code": code}
         return FileCase(f"bundle-{title}", about, "bundle", data, facts)
 
-    def made(**changes: object) -> bytes:
-        return build.bundle(run.run_id, copied, **changes)
-
     yield case("magic", "Another magic.", "bad_magic", flip(good, 3))
     yield case("checksum", "The header fails its checksum.", "checksum", flip(good, 33))
     yield case("table-checksum", "The table fails its checksum.", "checksum", flip(good, 64 + 20))
@@ -55,7 +52,8 @@ def _bundles() -> Iterator[FileCase]:
         ("file-absurd", "file_nbytes is 2^63.", "truncated", {"file_nbytes": 1 << 63}),
         ("count", "A row fewer than the table has.", "checksum", {"count": 1}),
     ):
-        yield case(title, about, code, made(header=header))
+        data = build.bundle(run.run_id, copied, header=header)
+        yield case(title, about, code, data)
     place = 64 + 128
     for title, about, row, code in (
         ("row-gap", "A row's bytes begin 8 late.", {"offset": place + 8}, "malformed"),
@@ -69,7 +67,8 @@ def _bundles() -> Iterator[FileCase]:
         ("row-worker", "A segment of worker 10^6.", {"worker": 10**6}, "limit"),
         ("row-last", "A segment of flush 10^12.", {"last": 10**12}, "limit"),
     ):
-        yield case(title, about, code, made(rows={0: row}))
+        data = build.bundle(run.run_id, copied, rows={0: row})
+        yield case(title, about, code, data)
     twice = build.bundle(run.run_id, [copied[0], copied[0]])
     yield case("row-twice", "The same segment twice.", "malformed", twice)
     yield case("longer", "A byte follows the end.", "malformed", good + b"\0")

@@ -390,8 +390,7 @@ def _strays() -> RunCase:
     name = segment.name
     for stray in (
         f"index/{name}.tmp",
-        f"index/{name[:-4]}.SEG",
-        f"index/{name.upper()}",
+        f"index/{name[:-4]}.segment",
         f"index/{name[:-16]}000000000000.seg",
         f"index/{name[:-16]}000000000003.seg",
         f"index/0{name}",

@@ -228,6 +228,7 @@ def _root_changes() -> Iterator[tuple[str, str, str, Change]]:
 
 
 def _catalog_changes() -> Iterator[tuple[str, str, str, Change]]:
+    fields: dict[str, Any]
     yield "catalog-checksum", "A catalog page is damaged.", "checksum", _in_page(CATALOG)
     for title, about, fields in (
         ("name", "A name of 1,025 bytes.", {"name": "b" * 1025}),
@@ -237,7 +238,7 @@ def _catalog_changes() -> Iterator[tuple[str, str, str, Change]]:
         ("series-step", "last_step is 2^62.", {"last_step": 1 << 62}),
     ):
         yield f"limit-{title}", about, "limit", _row(CATALOG, 1, **fields)
-    part = {"global_shape": [4, 20], "origin": [0, 1], "shape": [4, 20]}
+    part: dict[str, Any] = {"global_shape": [4, 20], "origin": [0, 1], "shape": [4, 20]}
     for title, about, fields in (
         ("kind", "A series of kind 3.", {"kind": 3}),
         ("mode", "A series in mode 4.", {"mode": 4}),
@@ -277,6 +278,7 @@ def _shard_changes() -> Iterator[tuple[str, str, str, Change]]:
 
 
 def _entry_changes() -> Iterator[tuple[str, str, str, Change]]:
+    fields: dict[str, Any]
     yield "entries-checksum", "An entry page is damaged.", "checksum", _in_page(ENTRIES)
     large = bytes(65544)
     for title, about, change in (

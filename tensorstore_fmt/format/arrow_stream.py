@@ -63,7 +63,7 @@ def _check_message(raw: bytes, at: int, wanted: int) -> int:
         raise FormatError("an Arrow stream has other messages than a schema and a record batch")
     body = _field(message, table, _BODY_NBYTES)
     body_nbytes = 0 if body is None else _I64.unpack_from(message, body)[0]
-    end = begin + nbytes + body_nbytes
+    end: int = begin + nbytes + body_nbytes
     if body_nbytes < 0 or end > len(raw):
         raise FormatError("an Arrow message is longer than its stream")
     header = _field(message, table, _HEADER)

@@ -81,15 +81,15 @@ def _links(entries: Entries, is_alone: np.ndarray) -> Mask:
 def _equal_neighbours(ragged: Ragged) -> Mask:
     """Say of each row but the last whether it equals the next."""
     lengths = ragged.lengths
-    equal = lengths[:-1] == lengths[1:]
+    equal: Mask = lengths[:-1] == lengths[1:]
     if not ragged.offsets[-1]:
-        result: Mask = equal
-        return result
+        return equal
     width = int(lengths.max())
     padded = np.full((len(ragged), width), -1, np.int64)
     mask = np.arange(width) < lengths[:, None]
     padded[mask] = ragged.values
-    return equal & (padded[:-1] == padded[1:]).all(axis=1)
+    equal &= (padded[:-1] == padded[1:]).all(axis=1)
+    return equal
 
 
 def _is_joinable_payload(entries: Entries) -> Mask:

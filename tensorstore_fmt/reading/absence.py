@@ -48,14 +48,13 @@ def absence(view: View, query: Query, line: Timeline, step: int) -> NotThereErro
         return StepDroppedError(
             f"{what}: step {step} was dropped by its writer, which could not store it", **facts
         )
-    for problem in view.damage:
-        is_hole = problem.code == "missing_segment"
-        if is_hole and _may_concern(problem, query):
-            return FormatError(
-                f"{what}: step {step} is not in the index, but the index is damaged: {problem}",
-                code=problem.code,
-                **{**problem.facts, **facts},
-            )
+    problem = view.missing(step=step, worker=query.worker, attempt=query.attempt)
+    if problem is not None:
+        return FormatError(
+            f"{what}: step {step} is not in the index, but the index is damaged: {problem}",
+            code=problem.code,
+            **{**problem.facts, **facts},
+        )
     modes = sorted(
         {
             source.series.mode
@@ -67,18 +66,13 @@ def absence(view: View, query: Query, line: Timeline, step: int) -> NotThereErro
     )
     if query.kind == layout.KIND_DATA and _has_only_statistics(view, query):
         return StepNotFoundError(f"{what}: only statistics were saved: use .stats()", **facts)
-    if view.will_never_come(step, modes, worker=query.worker, attempt=query.attempt):
+    if all(view.complete_through(mode, query.worker) >= step for mode in modes):
         return StepNotFoundError(f"{what}: step {step} was never saved{_near(line, step)}", **facts)
     return StepNotYetWrittenError(
         f"{what}: step {step} is not there yet, but the run may still write it; call refresh() "
         f"or wait_for_step({step})",
         **facts,
     )
-
-
-def _may_concern(problem: FormatError, query: Query) -> bool:
-    worker, attempt = problem.facts.get("worker"), problem.facts.get("attempt")
-    return query.worker in (None, worker) and query.attempt in (None, attempt)
 
 
 def _has_only_statistics(view: View, query: Query) -> bool:

@@ -95,12 +95,6 @@ def choose(view: View, line: Timeline, wanted: StepSet) -> Chosen:
     if query.worker is None and is_part.any():
         used = saved.source[rows]
         is_parts = bool(is_part[used].any())
-    if is_parts:
-        attempt = np.array([s.attempt for s in sources], np.int64)[used]
-        newest = np.zeros(len(chosen), np.int64)
-        np.maximum.at(newest, number, attempt)
-        keep = attempt == newest[number]
-        rows, number = rows[keep], number[keep]
     if len(rows) > len(chosen):
         _check_unambiguous(saved, rows, number, chosen, is_part if is_parts else None)
     return Chosen(saved, chosen, rows, number, is_parts)
@@ -212,6 +206,8 @@ def assemble(chosen: Chosen, index: object) -> Assembly:
     shapes = {each.series.global_shape if chosen.is_parts else each.shape for each in layouts}
     names = {each.series.dtype for each in layouts}
     if len(shapes) > 1 or len(names) > 1:
+        if chosen.is_parts:
+            _check_alike(chosen)
         _raise_varies(chosen, shapes, names)
     (shape,), (dtype,) = shapes, names
     dtypes.numpy_dtype(dtype)  # refuse an unknown one here
@@ -312,6 +308,21 @@ def _parts_error(name: str, step: int, problem: str) -> FormatError:
         name=name,
         step=step,
     )
+
+
+def _check_alike(chosen: Chosen) -> None:
+    """Make sure that the parts of each step belong to tensors of one shape and dtype."""
+    kinds: dict[object, int] = {}
+    sources = chosen.line.found.sources
+    kind = np.array(
+        [kinds.setdefault((s.series.global_shape, s.series.dtype), len(kinds)) for s in sources],
+        np.int64,
+    )[chosen.line.source[chosen.rows]]
+    is_bad = (np.diff(kind) != 0) & (np.diff(chosen.number) == 0)  # rows ascend by step
+    if is_bad.any():
+        step = int(chosen.steps[chosen.number[int(is_bad.argmax())]])
+        name = chosen.line.found.query.name
+        raise _parts_error(name, step, "differ in global shape or dtype")
 
 
 def _check_inside(layout_: _Layout) -> None:

@@ -32,7 +32,7 @@ PageKey: TypeAlias = tuple[layout.SegmentName, int]
 
 
 class LostSegmentsError(Exception):
-    """Segments of a view have vanished or are damaged; internal, another view may do.
+    """Segments of a view have vanished; internal, another view may do.
 
     Attributes
     ----------
@@ -99,7 +99,9 @@ class Pages:
         Raises
         ------
         LostSegmentsError
-            A segment is not there any more, or a page is damaged.
+            A segment is not there any more.
+        FormatError
+            A page is damaged.
         """
         pages: dict[PageKey, Page] = {}
         missing: dict[PageKey, Segment] = {}
@@ -120,7 +122,7 @@ class Pages:
 
     def _load(self, missing: dict[PageKey, Segment]) -> dict[PageKey, Page]:
         stored = self._stored(missing)
-        lost: dict[layout.SegmentName, FormatError] = {}
+        lost: dict[layout.SegmentName, FormatError] = {}  # vanished
         pages: dict[PageKey, Page] = {}
         for (name, number), segment in missing.items():
             data = stored[name, number]
@@ -135,7 +137,7 @@ class Pages:
                 )
             except FormatError as error:
                 error.facts.setdefault("file", name.path)
-                lost[name] = error
+                raise
         if lost:
             raise LostSegmentsError(lost)
         for key, page in pages.items():
@@ -192,14 +194,23 @@ class Query:
     worker: int | None = None
     attempt: int | None = None
 
-    def accepts(self, source: Source) -> bool:
-        """Say whether a series is meant."""
-        return (
+    def accepts(self, source: Source, view: View) -> bool:
+        """Say whether a series is meant, or decides what of those that are meant is visible."""
+        if not (
             (self.mode is None or source.series.mode == self.mode)
-            and (self.worker is None or source.worker == self.worker)
             and (self.attempt is None or source.attempt == self.attempt)
             and source.series.first_step <= self.high
             and source.series.last_step >= self.low
+        ):
+            return False
+        if self.worker is None or source.worker == self.worker:
+            return True
+        # Another worker's steps below the one its attempt resumed from hide those of earlier
+        # attempts, too. As a rule there are none.
+        return (
+            self.attempt is None
+            and source.attempt > view.attempts[0]
+            and source.series.first_step < view.resume_step(source.attempt)
         )
 
 
@@ -250,14 +261,16 @@ def find(view: View, pages: Pages, queries: Sequence[Query]) -> list[Found]:
     Raises
     ------
     LostSegmentsError
-        A segment is not there any more, or a page is damaged.
+        A segment is not there any more.
+    FormatError
+        A page is damaged.
     """
     asked = []
     needed: list[tuple[Segment, int]] = []
     for query in queries:
         parts = []
         for source in view.sources(query.name, query.kind):
-            if query.accepts(source):
+            if query.accepts(source, view):
                 numbers = source.segment.pages_of(source.row, query.low, query.high)
                 if numbers:
                     parts.append((source, numbers))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -18,11 +19,13 @@ from tensorstore_fmt.format import bundle, layout, runfile, segment
 from tensorstore_fmt.format.runfile import RunInfo
 from tensorstore_fmt.format.segment import Head, Header
 from tensorstore_fmt.reading.view import NO_BYTES, Cut, Segment, View
-from tensorstore_fmt.storage import FileInfo, Listing, Prefix, Range, Storage
+from tensorstore_fmt.storage import FileInfo, Listing, Prefix, Range, Request, Storage
 
 __all__ = ["WriterSnapshot", "heal", "maximal", "open_view", "refresh", "restore", "snapshot"]
 
 _RELISTS: Final = 8
+_LOOKS_FOR_GAP: Final = 3
+_MOST_HINTED_NBYTES: Final = 64 * 1024 * 1024
 _KEPT_NBYTES: Final = 32 * 1024 * 1024
 _HEADER_NBYTES: Final = layout.SEGMENT_HEADER.size
 
@@ -87,13 +90,12 @@ def heal(storage: Storage, view: View, lost: Mapping[layout.SegmentName, FormatE
     Parameters
     ----------
     lost
-        Segments that have vanished or turned out to be damaged, with what to raise if nothing
-        can stand for them.
+        Segments that have vanished, with what to raise if nothing can stand for them.
 
     Raises
     ------
     FormatError
-        Of `lost`: neither a covering segment nor covered ones are there.
+        Of `lost`: nothing that stands for it is there.
     """
     loader = _Loader(storage, view.info)
     loader.segments = {s.name: s.with_cut(None) for s in view.segments if s.name not in lost}
@@ -284,6 +286,12 @@ class _Bundle:
             return NO_BYTES
         return self._data[row.offset : row.offset + row.nbytes]
 
+    def prefix_nbytes(self, name: layout.SegmentName) -> int:
+        """Say how much of a segment to read first: its head, as far as the bundle tells."""
+        row = self._rows.get(name)
+        hint = 0 if row is None else min(row.nbytes, _MOST_HINTED_NBYTES)
+        return max(layout.PREFIX_NBYTES, hint)
+
     def listed(self, storage: Storage) -> Listed:
         """Take the table for the listing, where nothing can be listed."""
         if self._problem is None:
@@ -310,6 +318,21 @@ class _Candidate:
     header: Header | None = None
     error: Exception | None = None
 
+    @property
+    def rest(self) -> Range | None:
+        """What is still to be read of a head whose beginning is known; None: nothing."""
+        if self.header is None or self.header.head_nbytes <= len(self.data):
+            return None
+        return Range(self.name.path, len(self.data), self.header.head_nbytes)
+
+    def take_rest(self, result: object) -> None:
+        """Put what was read, or what went wrong, where it belongs."""
+        if isinstance(result, Exception):
+            self.error = result
+        else:
+            assert isinstance(result, bytes)
+            self.data = memoryview(bytes(self.data) + result)
+
 
 class _Loader:
     """Reads the heads of what is listed until it holds together."""
@@ -333,13 +356,13 @@ class _Loader:
 
     def load(self, listed: Listed) -> View:
         """Give the view of what is listed."""
-        has_relisted_for_gap = False
+        looks = 0
         for _ in range(_RELISTS):
             chosen = maximal(name for name in listed if name not in self.bad)
             gaps = _gaps(chosen, listed)
-            if gaps and not has_relisted_for_gap and self._is_unexplained(gaps):
+            if gaps and looks < _LOOKS_FOR_GAP and self._is_unexplained(gaps):
                 # A listing in pages can miss both a segment and what covers it.
-                has_relisted_for_gap = True
+                looks += 1
                 listed = self.list_again()
                 continue
             n_bad = len(self.bad)
@@ -349,7 +372,7 @@ class _Loader:
                 return View(
                     self._info,
                     [self.segments[name] for name in chosen],
-                    damage=self._damage(gaps),
+                    damage=self._damage(chosen, gaps),
                     listed=frozenset(listed),
                 )
         raise MissingFileError(
@@ -365,8 +388,21 @@ class _Loader:
             for key, first, last in gaps
         )
 
-    def _damage(self, gaps: Sequence[tuple[layout.WriterKey, int, int]]) -> list[FormatError]:
+    def _damage(
+        self,
+        chosen: Sequence[layout.SegmentName],
+        gaps: Sequence[tuple[layout.WriterKey, int, int]],
+    ) -> list[FormatError]:
         damage = list(self.bad.values())
+        for one, other in itertools.pairwise(chosen):  # in the order of `maximal`
+            if one.key == other.key and other.first <= one.last:
+                damage.append(
+                    FormatError(
+                        f"{self._storage.describe(one.path)} and {other.path} overlap, but neither "
+                        "covers the other",
+                        file=one.path,
+                    )
+                )
         for key, first, last in gaps:
             damage.append(
                 FormatError(
@@ -387,20 +423,23 @@ class _Loader:
         candidates = [_Candidate(name, listed[name], self._cache.head(name)) for name in names]
         for each in candidates:
             self._decode_header(each)
+        # What the bundle has the beginning of is read on, in the same round.
         unread = [each for each in candidates if each.header is None]
-        prefixes = [Prefix(each.name.path, layout.PREFIX_NBYTES) for each in unread]
-        results = self._storage.fetch_settled(prefixes) if prefixes else []
-        for each, result in zip(unread, results, strict=True):
-            if isinstance(result, Exception):
-                each.error = result
-            else:
-                data, total = result
-                each.data, each.error = memoryview(data), None
-                each.nbytes = total if total is not None else each.nbytes
-                self._decode_header(each)
-                if each.header is None:
-                    self._header_from_end(each)
-        self._read_rest([each for each in candidates if each.error is None])
+        begun = [each for each in candidates if each.rest is not None]
+        requests: list[Request[object]] = [
+            Prefix(each.name.path, self._cache.prefix_nbytes(each.name)) for each in unread
+        ]
+        requests += [each.rest for each in begun if each.rest is not None]
+        results = self._storage.fetch_settled(requests) if requests else []
+        for each, result in zip(unread, results, strict=False):
+            self._take_prefix(each, result)
+        for each, result in zip(begun, results[len(unread) :], strict=True):
+            each.take_rest(result)
+        short = [each for each in unread if each.error is None and each.rest is not None]
+        requests = [each.rest for each in short if each.rest is not None]
+        results = self._storage.fetch_settled(requests) if requests else []
+        for each, result in zip(short, results, strict=True):
+            each.take_rest(result)
         has_all = True
         for each in candidates:
             if each.error is None:
@@ -414,6 +453,18 @@ class _Loader:
             elif each.error is not None:
                 raise each.error
         return has_all
+
+    def _take_prefix(self, each: _Candidate, result: object) -> None:
+        if isinstance(result, Exception):
+            each.error = result
+            return
+        assert isinstance(result, tuple)
+        data, total = result
+        each.data, each.error = memoryview(data), None
+        each.nbytes = total if total is not None else each.nbytes
+        self._decode_header(each)
+        if each.header is None:
+            self._header_from_end(each)
 
     def _decode_header(self, each: _Candidate) -> None:
         try:
@@ -448,22 +499,6 @@ class _Loader:
         each.data = memoryview(bytes(tail) + bytes(data[_HEADER_NBYTES:]))
         if each.error is not None:
             each.error = damage
-
-    def _read_rest(self, candidates: Sequence[_Candidate]) -> None:
-        """Read what is missing of long heads, all in one round."""
-        short = []
-        requests = []
-        for each in candidates:
-            assert each.header is not None
-            if each.header.head_nbytes > len(each.data):
-                short.append(each)
-                requests.append(Range(each.name.path, len(each.data), each.header.head_nbytes))
-        results = self._storage.fetch_settled(requests) if requests else []
-        for each, result in zip(short, results, strict=True):
-            if isinstance(result, Exception):
-                each.error = result
-            else:
-                each.data = memoryview(bytes(each.data) + result)
 
     def _decode_head(self, each: _Candidate) -> None:
         assert each.header is not None

@@ -102,7 +102,7 @@ def _along(axis: Axis, n: int, g: int) -> _Along:
             np.array([length], np.int64),
             [slice(local, local + (count - 1) * step + 1, step)],
             [slice(0, count)],
-            [step == 1 and count == length],
+            [count == length],
         )
     if step < g:
         chunks = np.arange(first, last + 1, dtype=np.int64)

@@ -11,7 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tensorstore_fmt import dtypes
-from tensorstore_fmt.errors import NameNotFoundError, StepNotFoundError
+from tensorstore_fmt.errors import (
+    FormatError,
+    NameNotFoundError,
+    NotThereError,
+    StepNotFoundError,
+)
 from tensorstore_fmt.format import layout
 from tensorstore_fmt.reading.absence import absence, describe_query
 from tensorstore_fmt.reading.assembly import Assembly, assemble, choose
@@ -40,16 +45,23 @@ class Ask:
 
 
 def check_name(view: View, name: object) -> None:
-    """Raise `NameNotFoundError`, with names that look alike, if a name is not in the run."""
+    """Raise `NameNotFoundError`, with names that look alike, if a name is not in the run.
+
+    If flushes are missing it might be in these: then their damage is raised.
+    """
     if isinstance(name, str) and view.has(name):
         return
-    if view.damage and not view.names:
-        raise view.damage[0]
+    problem = view.missing()
+    if problem is not None:
+        raise FormatError(
+            f"no tensor is named {name!r:.200} in what is there, but the index is damaged: "
+            f"{problem}",
+            code=problem.code,
+            **{**problem.facts, "name": name},
+        )
     near = get_close_matches(str(name), view.names[:_MOST_COMPARED], n=3)
     hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
-    if view.damage:
-        hint += f"; it may be in what is damaged of the index: {view.damage[0]}"
-    elif not near and not view.is_closed:
+    if not near and not view.is_closed:
         hint = "; it may be logged later: call refresh()"
     raise NameNotFoundError(
         f"no tensor is named {name!r:.200}{hint}", name=name, near=near, names=len(view.names)
@@ -96,17 +108,17 @@ def read(session: Session, asks: Sequence[Ask]) -> list[Any]:
 def _assembly(view: View, session: Session, ask: Ask, line: Timeline) -> Assembly | NDArray[Any]:
     try:
         chosen = choose(view, line, ask.wanted)
-    except StepNotFoundError:
+    except StepNotFoundError as error:
         if ask.wanted.exact is None or len(line):
             raise
-        # The pages at hand end there: look around, for a message that names what is near.
-        raise _with_neighbours(view, session, ask) from None
+        raise _with_neighbours(view, session, ask, error) from None
     if len(chosen.steps):
         return assemble(chosen, ask.index)
     return _nothing(view, ask, line)
 
 
-def _with_neighbours(view: View, session: Session, ask: Ask) -> Exception:
+def _with_neighbours(view: View, session: Session, ask: Ask, error: NotThereError) -> Exception:
+    """Look around, beyond the pages at hand, for a message that names what is near."""
     assert ask.wanted.exact is not None
     step = int(ask.wanted.exact[0])
     query = Query(
@@ -118,7 +130,10 @@ def _with_neighbours(view: View, session: Session, ask: Ask) -> Exception:
         worker=ask.query.worker,
         attempt=ask.query.attempt,
     )
-    (line,) = timelines(view, session.pages, [query])
+    try:
+        (line,) = timelines(view, session.pages, [query])
+    except FormatError:  # of pages that the question does not need
+        return error
     have = line.saved().step
     missing = ask.wanted.exact[~np.isin(ask.wanted.exact, have)]
     return absence(view, query, line, int(missing[0]) if len(missing) else step)

@@ -216,7 +216,10 @@ class Run:
         if not modes:
             view = self._session.view
             wanted = view.used_modes if which is None else (which,)
-            if view.will_never_come(number, wanted, worker=None, attempt=None):
+            problem = view.missing(step=number)
+            if problem is not None:
+                raise problem
+            if all(view.complete_through(m) >= number for m in wanted or (0,)):
                 raise StepNotFoundError(f"step {number} was not logged", step=number)
             raise StepNotYetWrittenError(f"step {number} is not logged yet", step=number)
         if len(modes) > 1:

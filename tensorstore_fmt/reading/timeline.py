@@ -44,9 +44,19 @@ class Timeline:
 
     @property
     def is_dropped(self) -> NDArray[np.bool_]:
-        """Whether the writer dropped it."""
-        dropped: NDArray[np.bool_] = self.found.entries.rows["codec"] == layout.CODEC_DROPPED
-        return dropped.take(self.row)
+        """Whether the writer dropped it, or a part of the same tensor."""
+        codes = self.found.entries.rows["codec"] == layout.CODEC_DROPPED
+        if not codes.any():
+            return np.zeros(len(self), np.bool_)
+        dropped: NDArray[np.bool_] = codes.take(self.row)
+        sources = self.found.sources
+        is_part = np.array([bool(s.series.global_shape) for s in sources])[self.source]
+        if self.found.query.worker is None and (dropped & is_part).any():
+            mode = np.array([s.series.mode for s in sources])[self.source]
+            for m in range(len(layout.MODES)):
+                mine = is_part & (mode == m)
+                dropped |= mine & np.isin(self.step, self.step[dropped & mine])
+        return dropped
 
     @property
     def steps(self) -> _I64:
@@ -63,9 +73,8 @@ class Timeline:
 
     def saved(self) -> Timeline:
         """Give the rows that were not dropped."""
-        if not (self.found.entries.rows["codec"] == layout.CODEC_DROPPED).any():
-            return self
-        return self.take(~self.is_dropped)
+        dropped = self.is_dropped
+        return self.take(~dropped) if dropped.any() else self
 
 
 def timelines(view: View, pages: Pages, queries: Sequence[Query]) -> list[Timeline]:
@@ -74,7 +83,9 @@ def timelines(view: View, pages: Pages, queries: Sequence[Query]) -> list[Timeli
     Raises
     ------
     LostSegmentsError
-        A segment is not there any more, or a page is damaged.
+        A segment is not there any more.
+    FormatError
+        A page is damaged.
     LimitError
         The entries claim more steps than a reader lists.
     """
@@ -88,7 +99,7 @@ def timelines(view: View, pages: Pages, queries: Sequence[Query]) -> list[Timeli
 
 
 def _resolve(view: View, found: Found) -> Timeline:
-    """Resolve which entries win (spec, "What is visible", rules 2 to 4)."""
+    """Resolve what is visible (spec, "What is visible", rules 2 to 4)."""
     query = found.query
     rows = found.entries.rows
     row = np.flatnonzero(rows["chunk"] == 0)
@@ -115,17 +126,43 @@ def _resolve(view: View, found: Found) -> Timeline:
         inner = np.arange(total) - np.repeat(ends - n - first, n)
         step = np.repeat(begin, n) + inner * np.repeat(stride, n)
         row, source = np.repeat(row, n), np.repeat(source, n)
-    if (step[1:] > step[:-1]).all():
-        return Timeline(found, step, row, source)
+    line = Timeline(found, step, row, source)
+    if not (step[1:] > step[:-1]).all():
+        line = _winners(line)
+    if query.worker is not None:
+        is_theirs = np.array([s.worker == query.worker for s in found.sources], np.bool_)
+        if not is_theirs.all():
+            line = line.take(is_theirs[line.source])
+    return line
+
+
+def _winners(line: Timeline) -> Timeline:
+    """Keep of what was saved several times what wins."""
+    sources, step, row, source = line.found.sources, line.step, line.row, line.source
     groups: dict[object, int] = {}
     group = np.array(
-        [groups.setdefault((s.series.mode, s.worker, s.part), len(groups)) for s in found.sources],
+        [groups.setdefault((s.series.mode, s.worker, s.part), len(groups)) for s in sources],
         np.int64,
     )
-    rank = np.array([s.writer.rank for s in found.sources], np.int64)
-    order = np.lexsort((rows["last_flush"][row], rank[source], group[source], step))
+    rank = np.array([s.writer.rank for s in sources], np.int64)
+    flush = line.found.entries.rows["last_flush"][row]
+    order = np.lexsort((flush, rank[source], group[source], step))
     step, row, source = step[order], row[order], source[order]
     group_of = group[source]
     wins = np.ones(len(step), np.bool_)
     wins[:-1] = (step[1:] != step[:-1]) | (group_of[1:] != group_of[:-1])
-    return Timeline(found, step[wins], row[wins], source[wins])
+    attempt = np.array([s.attempt for s in sources], np.int64)
+    if (attempt != attempt[0]).any():
+        mode = np.array([s.series.mode for s in sources], np.int64)
+        keys = np.flatnonzero(wins)
+        by = np.lexsort((attempt[source[keys]], mode[source[keys]], step[keys]))
+        keys = keys[by]
+        is_last = np.ones(len(keys), np.bool_)
+        is_last[:-1] = (step[keys][1:] != step[keys][:-1]) | (
+            mode[source[keys]][1:] != mode[source[keys]][:-1]
+        )
+        # The greatest attempt stands last among those of one step and mode.
+        ends = np.flatnonzero(is_last)
+        newest = np.repeat(attempt[source[keys[ends]]], np.diff(ends, prepend=-1))
+        wins[keys[attempt[source[keys]] < newest]] = False
+    return Timeline(line.found, step[wins], row[wins], source[wins])

@@ -202,8 +202,9 @@ class View:
 
     @lazy
     def attempts(self) -> tuple[int, ...]:
-        """All attempts, in order."""
-        return tuple(sorted({key.attempt for key in self.writers}))
+        """All attempts of which there is a file, in order."""
+        found = {key.attempt for key in self.writers} | {n.key.attempt for n in self.listed}
+        return tuple(sorted(found))
 
     @lazy
     def workers(self) -> tuple[int, ...]:
@@ -213,10 +214,11 @@ class View:
     @lazy
     def newest_writers(self) -> dict[int, list[Writer]]:
         """Writers of the newest attempt, by worker; also workers that have none yet."""
-        if not self.writers:
+        if not self.attempts:
             return {}
         newest = [w for w in self.writers.values() if w.key.attempt == self.attempts[-1]]
-        by_worker: dict[int, list[Writer]] = {worker: [] for worker in range(self.num_workers)}
+        n = max(self.num_workers, 1)  # there is one at least, even if its segments are damaged
+        by_worker: dict[int, list[Writer]] = {worker: [] for worker in range(n)}
         for writer in newest:
             by_worker.setdefault(writer.key.worker, []).append(writer)
         return by_worker
@@ -242,10 +244,10 @@ class View:
         )
 
     def resume_step(self, attempt: int) -> int:
-        """Give the step from which an attempt hides earlier ones."""
+        """Give the step from which an attempt hides earlier ones; nothing, if none can tell."""
         return min(
             (w.header.resume_step for w in self.writers.values() if w.key.attempt == attempt),
-            default=0,
+            default=_ALL,
         )
 
     @lazy
@@ -261,43 +263,45 @@ class View:
         """Give the step from which later attempts hide this one."""
         return self._visible_below.get(attempt, _ALL)
 
-    def complete_through(self, mode: int) -> int:
+    def complete_through(self, mode: int, worker: int | None = None) -> int:
         """Give the last step up to which all of a mode is there; −1 for none.
 
-        A run that is closed is complete through every step.
+        Of one worker, or of all. A run that is closed is complete through every step.
         """
         by_worker = self.newest_writers
-        if not by_worker:
-            return -1
+        if worker is not None:
+            by_worker = {worker: by_worker.get(worker, [])}
         return min(
-            max(
-                (_ALL if w.is_closed else w.header.complete_through[mode] for w in writers),
-                default=-1,
-            )
-            for writers in by_worker.values()
+            (
+                max(
+                    (_ALL if w.is_closed else w.header.complete_through[mode] for w in writers),
+                    default=-1,
+                )
+                for writers in by_worker.values()
+            ),
+            default=-1,
         )
 
-    def will_never_come(
-        self, step: int, modes: Sequence[int], *, worker: int | None, attempt: int | None
-    ) -> bool:
-        """Say whether no writer can save this step in any of these modes any more."""
-        if attempt is not None and self.attempts and attempt < self.attempts[-1]:
-            return True
-        by_worker = self.newest_writers
-        if not by_worker or (attempt is not None and attempt > self.attempts[-1]):
-            return False
-        if worker is not None:
-            if worker not in by_worker:
-                return True
-            by_worker = {worker: by_worker[worker]}
-        return all(
-            writers
-            and all(
-                w.is_closed or all(w.header.complete_through[m] >= step for m in modes)
-                for w in writers
-            )
-            for writers in by_worker.values()
-        )
+    def missing(
+        self, *, step: int | None = None, worker: int | None = None, attempt: int | None = None
+    ) -> FormatError | None:
+        """Give the damage because of which nobody can say what is not there; None: all is there.
+
+        A writer whose flushes are missing might have saved any step that is not hidden (spec,
+        "Damage and merges").
+        """
+        for problem in self.damage:
+            if problem.code != "missing_segment":
+                continue
+            lost = problem.facts.get("attempt")
+            assert isinstance(lost, int)
+            if (
+                worker in (None, problem.facts.get("worker"))
+                and attempt in (None, lost)
+                and (attempt is not None or step is None or step < self.visible_below(lost))
+            ):
+                return problem
+        return None
 
     # --- names ------------------------------------------------------------------
     @lazy

@@ -188,11 +188,13 @@ class _Compaction:
         self._storage.delete([name.path for name in covered])
 
     def _bundle(self) -> bool:
+        if self._left:
+            return False  # the one that is there may hold copies of what is damaged
         inventory = read_inventory(self._storage)
         headers = []
         for name in maximal(inventory.segments):
             file = open_segment(self._storage, inventory.run_id, name, inventory.segments[name])
             if file.header is None or file.problems:
-                return False  # a bundle would only repeat the damage
+                return False
             headers.append(file.header)
         return bool(headers) and write_bundle(self._storage, inventory.run_id, headers)

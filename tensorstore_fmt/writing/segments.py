@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 import time
@@ -46,6 +47,11 @@ class OwnSegment:
             count //= FANOUT
             level += 1
         return level
+
+    @property
+    def is_full(self) -> bool:
+        """Whether so many of its size would be too large together."""
+        return self.nbytes > _LARGEST_NBYTES // FANOUT or self.rows > _LARGEST_ROWS // FANOUT
 
 
 class SegmentLog:
@@ -152,21 +158,18 @@ class SegmentLog:
             self._delete_covered()
 
     def _mergeable(self) -> list[OwnSegment]:
-        """Give neighbours of one level to be merged: the newest that are enough."""
-        segments = self._segments
-        end = len(segments)
-        while end >= FANOUT:
-            level = segments[end - 1].level
-            begin = end
-            while begin > 0 and segments[begin - 1].level == level and end - begin < FANOUT:
-                begin -= 1
-            group = segments[begin:end]
-            if len(group) == FANOUT and _is_small(group):
-                return group
-            while begin > 0 and segments[begin - 1].level == level:
-                begin -= 1
-            end = begin
-        return []
+        """Give neighbours of one level to be merged: enough of them, and the longest row.
+
+        More than the fan-out are merged at once where merging has fallen behind.
+        """
+        best: list[OwnSegment] = []
+        for (_, is_full), row in itertools.groupby(
+            self._segments, key=lambda s: (s.level, s.is_full)
+        ):
+            group = [] if is_full else _small_head(list(row))
+            if len(group) >= max(FANOUT, len(best) + 1):
+                best = group
+        return best
 
     def _largest_group(self) -> list[OwnSegment] | None:
         with self._lock:
@@ -214,6 +217,16 @@ class SegmentLog:
                     self._storage.delete(paths)
             except OSError as error:
                 self._failures.note(error)  # they are garbage, not damage
+
+
+def _small_head(group: list[OwnSegment]) -> list[OwnSegment]:
+    """Give the first segments of a row that are small enough to be merged."""
+    nbytes = list(itertools.accumulate(s.nbytes for s in group))
+    rows = list(itertools.accumulate(s.rows for s in group))
+    count = sum(
+        n <= _LARGEST_NBYTES and r <= _LARGEST_ROWS for n, r in zip(nbytes, rows, strict=True)
+    )
+    return group[: min(count, FANOUT * FANOUT)]
 
 
 def _is_small(group: Sequence[OwnSegment]) -> bool:

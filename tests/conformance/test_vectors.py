@@ -7,9 +7,11 @@ of a vector's document ask is said once, in `spec/vectors/conformance.py`.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -68,14 +70,12 @@ class LibraryRun:
 
     def steps(self, name: str) -> set[tuple[int, int, int]]:
         tensor = self._run[name]
-        return {
-            (MODE_NAMES.index(mode), worker, step)
-            for mode in tensor.modes
-            for worker in tensor.workers
-            for step in _or_failure(
-                lambda m=mode, w=worker: tensor.select(mode=m, worker=w).steps.tolist()
-            )
-        }
+        found = set()
+        for mode, worker in itertools.product(tensor.modes, tensor.workers):
+            narrow = tensor.select(mode=mode, worker=worker)
+            steps = _or_failure(partial(getattr, narrow, "steps"))
+            found |= {(MODE_NAMES.index(mode), worker, step) for step in steps.tolist()}
+        return found
 
     def step_table(self) -> set[tuple[int, int, int, int, int]]:
         rows = _or_failure(lambda: steptable.step_rows(self._run._session, None))
@@ -139,8 +139,8 @@ class LibraryReader:
             return {failure.code}
         names = run.facts()["names"]
         works: list[Callable[[], object]] = [run.step_table]
-        works += [lambda n=n: run.steps(n) for n in names]
-        works += [lambda n=n: run.value(kit.Question(name=n, step=1)) for n in names]
+        works += [partial(run.steps, name) for name in names]
+        works += [partial(run.value, kit.Question(name=name, step=1)) for name in names]
         found = set(run.damage())
         for work in works:
             try:

@@ -251,24 +251,18 @@ def test_a_damaged_segment_is_replaced_by_those_it_covers(build: RunBuilder) -> 
     assert run["x"].read().tolist() == [0, 1, 2]
 
 
-def test_a_damaged_page_is_replaced_too(build: RunBuilder) -> None:
-    w = build.writer()
-    for s in range(3):
-        w.flush(put(s))
-    name = w.flush(*(put(s, flush=s) for s in range(3)), first=0, last=2)
-    path = build.root / name.path
+def test_a_damaged_page_fails_the_questions_that_need_it(build: RunBuilder) -> None:
+    name = build.writer().flush(put(0), put(0, name="y", kind=1), closed=True)
+    head = open_run(build.url)._session.view.segments[0].head
+    damage(build.root / name.path, int(head.root["offset"][-1]) + 30)
     run = open_run(build.url)
-    head = run._session.view.segments[0].head
-    damage(path, int(head.root["offset"][-1]) + 30)
-    run = open_run(build.url)
-    assert run["x"].read().tolist() == [0, 1, 2]
-    for s in range(3):
-        (build.root / layout.SegmentName(key=w.key, last=s, count=1).path).unlink()
-    run = open_run(build.url)
+    assert not run.damage
+    assert run["x"].shape == ()
     with pytest.raises(ChecksumError) as caught:
         run["x"].read()
     assert caught.value.facts["file"] == name.path
     assert run.state("x", 0) == "unreadable"
+    assert run.state("x", 1) == "never"  # no page could hold it
 
 
 def test_missing_flushes_are_reported_and_never_called_never_saved(build: RunBuilder) -> None:
@@ -287,6 +281,13 @@ def test_missing_flushes_are_reported_and_never_called_never_saved(build: RunBui
     assert caught.value.code == "missing_segment"
     assert run.state("x", 1) == "unreadable"
     assert "1 problem" in repr(run)
+    with pytest.raises(FormatError) as caught:
+        run["y"]
+    assert caught.value.code == "missing_segment"
+    build.writer(attempt=1, resume_step=1).flush(closed=True)
+    with pytest.warns(RuntimeWarning):
+        run = open_run(build.url)
+    assert run.state("x", 1) == "never"  # hidden whatever was there
 
 
 def test_a_segment_cut_short_or_of_another_run(build: RunBuilder, tmp_path: Path) -> None:
@@ -316,6 +317,16 @@ def test_features_of_newer_versions_are_refused(build: RunBuilder) -> None:
     with pytest.raises(UnsupportedError) as caught:
         open_run(build.url)
     assert caught.value.code == "unknown_feature"
+
+
+def test_segments_that_overlap_are_damage(build: RunBuilder) -> None:
+    w = build.writer()
+    w.flush(put(0, flush=0), put(1, flush=1), first=0, last=1)
+    w.flush(put(1, flush=1), put(2, flush=2), first=1, last=2)
+    with pytest.warns(RuntimeWarning):
+        run = open_run(build.url)
+    assert [p.code for p in run.damage] == ["malformed"]
+    assert run["x"].read().tolist() == [0, 1, 2]
 
 
 def test_files_with_other_names_do_not_count(build: RunBuilder) -> None:

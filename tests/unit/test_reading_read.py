@@ -337,8 +337,23 @@ def test_attempts_hide_later_steps_of_earlier_ones(build: RunBuilder) -> None:
     assert t.select(attempt=1).steps.tolist() == [3, 5]
     with pytest.raises(StepNotYetWrittenError):
         t.read(step=4)
-    with pytest.raises(StepNotFoundError):
+    with pytest.raises(StepNotYetWrittenError):  # its writers may be recovered
         t.read(step=9, attempt=0)
+
+
+def test_the_greatest_attempt_wins_also_below_its_resume_step(build: RunBuilder) -> None:
+    for worker in range(2):
+        build.writer(worker, num_workers=2).flush(
+            *(Put(step=s, value=np.float32(10 * worker + s), inline=True) for s in range(3))
+        )
+    build.writer(1, attempt=1, num_workers=2, resume_step=5).flush(
+        Put(step=1, value=np.float32(100), inline=True)
+    )
+    t = open_run(build.url)["x"]
+    assert t.read(step=1) == 100
+    assert t.select(worker=1).read().tolist() == [10, 100, 12]
+    assert t.select(worker=0).steps.tolist() == [0, 2]
+    assert t.read(step=1, worker=0, attempt=0) == 1
 
 
 def test_an_attempt_without_data_hides_too(build: RunBuilder) -> None:
@@ -436,6 +451,35 @@ def test_parts_are_of_one_attempt(build: RunBuilder) -> None:
     t = open_run(build.url)["x"]
     assert (t.read(step=1) == 1).all()
     assert (t.read(step=1, attempt=0) == 0).all()
+
+
+def test_a_dropped_part_makes_the_step_dropped(build: RunBuilder) -> None:
+    value = np.zeros((4, 2))
+    put_parts(build, value, [0, 2, 4], step=1)
+    part = Put(step=2, value=value[:2], global_shape=(4, 2), origin=(0, 0))
+    build.writer(0, writer=50, num_workers=2).flush(part)
+    build.writer(1, writer=51, num_workers=2).flush(
+        Put(step=2, value=None, dtype="float64", shape=(2, 2), grid=(0, 0),
+            global_shape=(4, 2), origin=(2, 0))
+    )  # fmt: skip
+    t = open_run(build.url)["x"]
+    assert t.steps.tolist() == [1]
+    with pytest.raises(StepDroppedError):
+        t.read(step=2)
+    assert t.read().shape == (1, 4, 2)
+    assert t.read(step=2, worker=0).shape == (2, 2)
+    with pytest.raises(StepDroppedError):
+        t.read(step=2, worker=1)
+
+
+def test_parts_of_different_tensors_do_not_go_together(build: RunBuilder) -> None:
+    for worker, dtype in enumerate((np.float32, np.float64)):
+        build.writer(worker, num_workers=2).flush(
+            Put(value=np.zeros(2, dtype), global_shape=(4,), origin=(2 * worker,))
+        )
+    with pytest.raises(FormatError) as caught:
+        open_run(build.url)["x"].read(step=0)
+    assert caught.value.code == "parts"
 
 
 def test_a_part_beyond_its_tensor_is_refused(build: RunBuilder) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .bundle import read_bundle
 from .codecs import cut_strings, decode_payload
@@ -12,9 +12,6 @@ from .limits import Array
 from .run import Run
 from .run_json import read_run_json
 from .segment import read_segment
-
-if TYPE_CHECKING:
-    import conformance
 
 
 class AdaptedRun:
@@ -45,7 +42,7 @@ class AdaptedRun:
     def step_table(self) -> set[tuple[int, int, int, int, int]]:
         return set(self._run.step_table())
 
-    def value(self, question: conformance.Question) -> conformance.Value:
+    def value(self, question: Any) -> Any:
         q = question
         which = (q.name, q.step, q.mode, q.worker, q.attempt)
         try:
@@ -53,12 +50,9 @@ class AdaptedRun:
             array = self._run.read(*which, index=q.index)
         except SpecError as error:
             raise self._module.Failure(error.code) from error
-        value: conformance.Value = self._module.Value(
-            dtype=dtype, shape=array.shape, content=_content(array)
-        )
-        return value
+        return self._module.Value(dtype=dtype, shape=array.shape, content=_content(array))
 
-    def statistics(self, question: conformance.Question) -> list[float]:
+    def statistics(self, question: Any) -> list[float]:
         q = question
         try:
             found = self._run.stats(q.name, q.step, q.mode, q.worker, q.attempt)
