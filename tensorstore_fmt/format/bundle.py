@@ -102,13 +102,12 @@ def _rows(table: bytes, begin: int, file_nbytes: int) -> list[BundleRow]:
     for i, fields in enumerate(layout.BUNDLE_ROW.iter_unpack(table)):
         worker, attempt, writer, last, count, segment_nbytes, offset, nbytes = fields
         end = (i + 1) * layout.BUNDLE_ROW.size
+        if max(worker, attempt) > layout.MAX_WORKER or last > layout.MAX_NUMBER:
+            raise LimitError(f"{layout.BUNDLE}: row {i} of the table is above the limits")
         if (
             offset != begin
             or nbytes > segment_nbytes
             or not 1 <= count <= last + 1
-            or worker >= 10**6
-            or attempt >= 10**6
-            or last >= 10**12
             or any(table[end - 8 : end])
         ):
             raise FormatError(f"{layout.BUNDLE}: row {i} of the table contradicts itself")
@@ -116,6 +115,8 @@ def _rows(table: bytes, begin: int, file_nbytes: int) -> list[BundleRow]:
         key = layout.WriterKey(worker=worker, attempt=attempt, writer=writer)
         name = layout.SegmentName(key=key, last=last, count=count)
         rows.append(BundleRow(name=name, file_nbytes=segment_nbytes, offset=offset, nbytes=nbytes))
+    if len({row.name for row in rows}) < len(rows):
+        raise FormatError(f"{layout.BUNDLE}: a segment stands twice in the table")
     if begin != file_nbytes:
         raise FormatError(f"{layout.BUNDLE}: the table does not cover the file")
     return rows

@@ -10,6 +10,7 @@ from typing import Final
 import numpy as np
 import pyarrow as pa
 
+from tensorstore_fmt.dtypes import STRING
 from tensorstore_fmt.errors import FormatError, LimitError
 from tensorstore_fmt.format import layout
 from tensorstore_fmt.format.columns import fixed, numbers, texts
@@ -240,15 +241,18 @@ def decode_catalog(stored: bytes | memoryview, row: np.void, where: str) -> Cata
         raise LimitError(f"{where}: a name or a rank in the catalog is above the limits")
     for key, least in (("shape", -1), ("grid", 0), ("global_shape", 0), ("origin", 0)):
         values = lists[key].values
-        if len(values) and (values.min() < least or values.max() > layout.MAX_AXIS):
-            raise LimitError(f"{where}: a {key} in the catalog is out of range")
+        if len(values) and values.max() > layout.MAX_AXIS:
+            raise LimitError(f"{where}: a {key} in the catalog is above the limits")
+        if len(values) and values.min() < least:
+            raise FormatError(f"{where}: a {key} in the catalog is negative")
     sums = {key: numbers(batch.column(key)) for key in SUMS}
-    if (
-        sums["first_step"].min() < 0
-        or sums["last_step"].max() > layout.MAX_STEP
-        or (sums["first_step"] > sums["last_step"]).any()
-    ):
+    if max(int(sums["last_step"].max()), int(sums["first_step"].max())) > layout.MAX_STEP:
+        raise LimitError(f"{where}: a step in the catalog is above the limits")
+    if sums["first_step"].min() < 0 or (sums["first_step"] > sums["last_step"]).any():
         raise FormatError(f"{where}: the steps of a series in the catalog are out of range")
-    return CatalogColumns(
-        names.to_pylist(), kind, mode, batch.column("dtype").to_pylist(), lists, sums
-    )
+    dtypes = batch.column("dtype").to_pylist()
+    if STRING in dtypes and any(
+        d == STRING and r > 1 for d, r in zip(dtypes, rank.tolist(), strict=True)
+    ):
+        raise FormatError(f"{where}: strings in the catalog have more than one axis")
+    return CatalogColumns(names.to_pylist(), kind, mode, dtypes, lists, sums)

@@ -23,6 +23,7 @@ from tensorstore_fmt.format.ragged import Ragged
 __all__ = [
     "ENTRY_ROW",
     "Entries",
+    "EntryContext",
     "StoredPage",
     "cut_rows",
     "decode_entries",
@@ -293,25 +294,41 @@ def decode_shards(
     columns = [batch.column(name).to_pylist() for name in SHARDS_SCHEMA.names]
     shards = []
     for worker, attempt, writer, number, nbytes in zip(*columns, strict=True):
-        if nbytes < 0 or not 0 <= number < 10**12 or worker >= 10**6 or attempt >= 10**6:
+        if max(worker, attempt) > layout.MAX_WORKER or number > layout.MAX_NUMBER:
+            raise LimitError(f"{where}: the name of a shard is above the limits")
+        if nbytes < 0 or number < 0 or not writer:
             raise FormatError(f"{where}: a shard's number or length is out of range")
         key = layout.WriterKey(worker=worker, attempt=attempt, writer=writer)
         shards.append((layout.ShardName(key=key, number=number), nbytes))
+    if any(a[0] >= b[0] for a, b in itertools.pairwise(shards)):
+        raise FormatError(f"{where}: shards are not in order")
     return shards
 
 
-def decode_entries(
-    stored: bytes | memoryview, row: np.void, where: str, *, varying: np.ndarray, n_shards: int
-) -> Entries:
-    """Check and decode one entry page.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EntryContext:
+    """What of its segment an entry page has to agree with.
 
-    Parameters
+    Attributes
     ----------
     varying
         For each series of the catalog, the number of axes that are −1.
-    n_shards
-        Rows of the shard page.
+    shard_nbytes
+        For each row of the shard page, the length it says.
+    first_flush, last_flush
+        Covered by the segment.
     """
+
+    varying: np.ndarray
+    shard_nbytes: np.ndarray
+    first_flush: int
+    last_flush: int
+
+
+def decode_entries(
+    stored: bytes | memoryview, row: np.void, where: str, context: EntryContext
+) -> Entries:
+    """Check and decode one entry page."""
     batch = load_page(stored, row, ENTRIES_SCHEMA, where)
     rows = np.empty(batch.num_rows, ENTRY_ROW)
     for name in ENTRY_ROW.names or ():
@@ -319,60 +336,85 @@ def decode_entries(
     entries = Entries(
         rows, Ragged.of_arrow(batch.column("dims")), Ragged.of_arrow(batch.column("inline"))
     )
-    _check_entries(entries, row, where, varying=varying, n_shards=n_shards)
+    _check_limits(entries, where)
+    _check_rows(entries, where, context)
+    _check_order(entries, row, where)
     return entries
 
 
-def _check_entries(
-    entries: Entries, root: np.void, where: str, *, varying: np.ndarray, n_shards: int
-) -> None:
+def _check_limits(entries: Entries, where: str) -> None:
     rows = entries.rows
-    series, step, stride = rows["series"], rows["step"], rows["stride"]
-    count, shard, codec = rows["count"].astype(np.int64), rows["shard"], rows["codec"]
-    if int(series.max()) >= len(varying):
-        raise FormatError(f"{where}: an entry names a series that the catalog does not have")
+    count = np.maximum(rows["count"].astype(np.int64), 1)
     if (
         int(count.max()) > layout.MAX_ENTRY_STEPS
         or int(rows["nbytes"].max()) > layout.MAX_CHUNK_NBYTES
         or int(rows["raw_nbytes"].max()) > layout.MAX_CHUNK_RAW_NBYTES
         or int(entries.inline.lengths.max()) > layout.MAX_INLINE_NBYTES
         or (len(entries.dims.values) and int(entries.dims.values.max()) > layout.MAX_AXIS)
+        or int(rows["step"].max()) > layout.MAX_STEP
+        or (rows["stride"] > (layout.MAX_STEP - rows["step"]) // np.maximum(count - 1, 1)).any()
     ):
         raise LimitError(f"{where}: an entry is above the limits")
+
+
+def _check_rows(entries: Entries, where: str, context: EntryContext) -> None:
+    """Check each entry for itself."""
+    rows = entries.rows
+    series, shard, offset = rows["series"], rows["shard"], rows["offset"]
+    if int(series.max()) >= len(context.varying):
+        raise FormatError(f"{where}: an entry names a series that the catalog does not have")
     is_inline = shard == layout.INLINE_SHARD
-    is_dropped = codec == layout.CODEC_DROPPED
+    is_dropped = rows["codec"] == layout.CODEC_DROPPED
+    is_unused = is_dropped | is_inline
+    has_digest = (rows["flags"] & layout.ENTRY_HAS_DIGEST) != 0
     is_bad = (
-        (count < 1)
-        | (step < 0)
-        | (step > layout.MAX_STEP)
-        | (stride < 1)
-        | (stride > (layout.MAX_STEP - step) // np.maximum(count - 1, 1))
-        | ((count == 1) & (stride != 1))
-        | (~is_inline & (shard >= n_shards))
+        (rows["count"] < 1)
+        | (rows["step"] < 0)
+        | (rows["stride"] < 1)
+        | ((rows["count"] == 1) & (rows["stride"] != 1))
+        | (~is_inline & (shard >= len(context.shard_nbytes)))
         | (entries.inline.lengths != np.where(is_inline, rows["nbytes"], 0))
-        | (rows["offset"] < 0)
-        | (is_inline & (rows["offset"] != 0))
-        | ((rows["flags"] & ~np.uint8(3)) != 0)
-        | (((rows["flags"] & layout.ENTRY_HAS_DIGEST) == 0) & (rows["digest"] != 0))
-        | (rows["first_flush"] < 0)
+        | (offset < 0)
+        | (is_unused & (offset != 0))
+        | (offset % 8 != 0)
+        | ((rows["flags"] & ~np.uint8(layout.ENTRY_REPEAT | layout.ENTRY_HAS_DIGEST)) != 0)
+        | (~has_digest & (rows["digest"] != 0))
+        | (rows["first_flush"] < context.first_flush)
         | (rows["first_flush"] > rows["last_flush"])
-        | (is_dropped & ((rows["nbytes"] != 0) | (rows["raw_nbytes"] != 0) | (rows["chunk"] != 0)))
-        | (entries.dims.lengths != varying[series])
+        | (rows["last_flush"] > context.last_flush)
+        | (entries.dims.lengths != context.varying[series])
     )
+    for column in ("chunk", "flags", "nbytes", "raw_nbytes", "crc32c", "digest"):
+        is_bad |= is_dropped & (rows[column] != 0)
+    is_bad |= is_dropped & ~is_inline
+    if len(context.shard_nbytes) and not is_inline.all():
+        ends = context.shard_nbytes[np.where(is_inline | is_bad, 0, shard)]
+        is_bad |= ~is_inline & (offset > ends - rows["nbytes"])
+    total = np.concatenate([[0], np.cumsum(entries.dims.values)])
+    is_bad |= is_dropped & (np.diff(total[entries.dims.offsets]) != 0)
     if is_bad.any():
         raise FormatError(
             f"{where}: row {int(is_bad.argmax())} of an entry page contradicts itself"
         )
     if len(entries.dims.values) and int(entries.dims.values.min()) < 0:
         raise FormatError(f"{where}: an entry has a negative length")
+
+
+def _check_order(entries: Entries, root: np.void, where: str) -> None:
+    rows = entries.rows
     if len(rows) > 1:
-        order = np.lexsort((rows["first_flush"], rows["chunk"], step, series))
-        if (np.diff(order) != 1).any():
-            raise FormatError(f"{where}: entries are not in order")
+        is_same = np.ones(len(rows) - 1, np.bool_)
+        for column in ("series", "step", "chunk", "first_flush"):
+            before, after = rows[column][:-1], rows[column][1:]
+            if (is_same & (before > after)).any():
+                raise FormatError(f"{where}: entries are not in order")
+            is_same &= before == after
+        if is_same.any():
+            raise FormatError(f"{where}: two entries for the same")
     if (
-        int(series[0]) != root["first_series"]
-        or int(series[-1]) != root["last_series"]
-        or int(step.min()) != root["min_step"]
+        int(rows["series"][0]) != root["first_series"]
+        or int(rows["series"][-1]) != root["last_series"]
+        or int(rows["step"].min()) != root["min_step"]
         or int(entries.last_step.max()) != root["max_step"]
     ):
         raise FormatError(f"{where}: the root says other series or steps than a page holds")

@@ -97,10 +97,10 @@ def decode(data: bytes) -> RunInfo:
         raise LimitError(
             f"run.json has {len(data):,} bytes, at most {layout.MAX_RUN_JSON_NBYTES:,} are allowed"
         )
+    if not data.startswith(b"{"):
+        raise NotARunError("run.json is not the run.json of a tensorstore_fmt run")
     tail = _TAIL.search(data, max(0, len(data) - _TAIL_NBYTES))
     if tail is None:
-        if not data.lstrip().startswith(b"{"):
-            raise NotARunError("run.json is not the run.json of a tensorstore_fmt run")
         raise ChecksumError("run.json does not end with its checksum; it was cut short or edited")
     head = data[: tail.start()]
     found = crc32c.crc32c(head)
@@ -111,10 +111,14 @@ def decode(data: bytes) -> RunInfo:
             file=layout.RUN_JSON,
         )
     try:
-        body = json.loads(head + b"}")
+        body = json.loads(head + b"}", parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"run.json is not JSON: {error}", file=layout.RUN_JSON) from None
     return _read(body)
+
+
+def _refuse_constant(name: str) -> object:
+    raise ValueError(f"{name} is not JSON")
 
 
 def _read(body: object) -> RunInfo:

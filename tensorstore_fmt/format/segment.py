@@ -249,7 +249,8 @@ def _check_header(header: Header, data: bytes, flags: int, where: str, nbytes: i
         or header.root_nbytes % layout.ROOT_ROW.itemsize
         or not begin <= header.head_nbytes <= header.file_nbytes - begin
         or header.first_flush > header.last_flush
-        or header.num_workers < 1
+        or header.key.worker >= header.num_workers
+        or not header.key.writer
         or header.resume_step < 0
         or min(header.complete_through) < -1
     ):
@@ -346,8 +347,12 @@ class Head:
             stored,
             self.root[number],
             self.header.name.path,
-            varying=self.catalog.varying,
-            n_shards=len(self.shards),
+            page.EntryContext(
+                varying=self.catalog.varying,
+                shard_nbytes=np.fromiter((n for _, n in self.shards), np.int64, len(self.shards)),
+                first_flush=self.header.first_flush,
+                last_flush=self.header.last_flush,
+            ),
         )
 
 
@@ -411,6 +416,8 @@ def _check_root(root: np.ndarray, header: Header, where: str) -> None:
         int(root["nbytes"].max()) > layout.MAX_PAGE_NBYTES
         or int(root["raw_nbytes"].max()) > layout.MAX_PAGE_RAW_NBYTES
         or int(root["rows"].max()) > layout.MAX_PAGE_ROWS
+        or int(root["max_step"].max()) > layout.MAX_STEP
+        or int(root["min_step"].max()) > layout.MAX_STEP
     ):
         raise LimitError(f"{where}: a page is above the limits", file=where)
     n_head = int(np.count_nonzero(kind != layout.PAGE_ENTRIES))
@@ -430,5 +437,15 @@ def _check_root(root: np.ndarray, header: Header, where: str) -> None:
         raise FormatError(f"{where}: the root contradicts itself or the header", file=where)
     first = root["first_series"][kind == layout.PAGE_CATALOG].astype(np.int64)
     rows = root["rows"][kind == layout.PAGE_CATALOG].astype(np.int64)
-    if (first != np.cumsum(rows) - rows).any() or int(rows.sum()) != header.series:
+    last = root["last_series"][kind == layout.PAGE_CATALOG].astype(np.int64)
+    is_head = kind != layout.PAGE_ENTRIES
+    is_shards = kind == layout.PAGE_SHARDS
+    if (
+        (first != np.cumsum(rows) - rows).any()
+        or (last != first + rows - 1).any()
+        or int(rows.sum()) != header.series
+        or root["min_step"][is_head].any()
+        or root["max_step"][is_head].any()
+        or root["last_series"][is_shards].any()
+    ):
         raise FormatError(f"{where}: the root says other catalog rows than the header", file=where)

@@ -16,7 +16,7 @@ from tensorstore_fmt.format.page import ENTRY_ROW, Entries
 from tensorstore_fmt.format.ragged import Ragged
 from tensorstore_fmt.reading.cache import Cache
 from tensorstore_fmt.reading.plan import merge_ranges
-from tensorstore_fmt.reading.view import Segment, Source, View
+from tensorstore_fmt.reading.view import NO_BYTES, Segment, Source, View
 from tensorstore_fmt.storage import Range, Storage
 
 __all__ = ["Found", "LostSegmentsError", "Page", "Pages", "Query", "find"]
@@ -124,6 +124,7 @@ class Pages:
         stored = self._stored(missing)
         lost: dict[layout.SegmentName, FormatError] = {}  # vanished
         pages: dict[PageKey, Page] = {}
+        is_doubtful = False
         for (name, number), segment in missing.items():
             data = stored[name, number]
             try:
@@ -136,8 +137,14 @@ class Pages:
                     file=name.path,
                 )
             except FormatError as error:
+                if len(segment.kept):
+                    segment.kept = NO_BYTES  # it may come from a damaged bundle
+                    is_doubtful = True
+                    continue
                 error.facts.setdefault("file", name.path)
                 raise
+        if is_doubtful:
+            return pages | self._load({k: s for k, s in missing.items() if k not in pages})
         if lost:
             raise LostSegmentsError(lost)
         for key, page in pages.items():

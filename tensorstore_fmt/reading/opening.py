@@ -308,7 +308,7 @@ class _Bundle:
 # --- heads ----------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Candidate:
     """A segment whose head is being read."""
 
@@ -421,6 +421,7 @@ class _Loader:
     def _read_heads(self, names: Sequence[layout.SegmentName], listed: Listed) -> bool:
         """Read heads into `segments` and `bad`; False if one has vanished."""
         candidates = [_Candidate(name, listed[name], self._cache.head(name)) for name in names]
+        again: list[layout.SegmentName] = []
         for each in candidates:
             self._decode_header(each)
         # What the bundle has the beginning of is read on, in the same round.
@@ -444,7 +445,9 @@ class _Loader:
         for each in candidates:
             if each.error is None:
                 self._decode_head(each)
-            if isinstance(each.error, FileNotFoundError):
+            if isinstance(each.error, FormatError) and each not in unread:
+                again.append(each.name)  # only the bundle's copy may be damaged
+            elif isinstance(each.error, FileNotFoundError):
                 has_all = False
             elif isinstance(each.error, UnsupportedError):
                 raise each.error
@@ -452,6 +455,9 @@ class _Loader:
                 self.bad[each.name] = each.error
             elif each.error is not None:
                 raise each.error
+        if again:
+            self._cache = _Bundle()
+            has_all &= self._read_heads(again, listed)
         return has_all
 
     def _take_prefix(self, each: _Candidate, result: object) -> None:

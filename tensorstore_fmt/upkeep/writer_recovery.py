@@ -269,8 +269,7 @@ class WriterRecovery:
         is_lossy = known is not None or not all(p.is_complete for p in pieces)
         for piece in pieces:
             made = replace(header, first_flush=piece.first, last_flush=piece.last)
-            if piece.inputs or piece.is_complete:
-                plan.pieces.append((made, piece))
+            plan.pieces.append((made, piece))
             plan.lost += piece.lost
             plan.restored += piece.restored
         end = max(p.last for p in pieces) + (2 if is_lossy else 1)

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from tensorstore_fmt.errors import FormatError
 from tensorstore_fmt.format import layout, merge, page, segment
 from tensorstore_fmt.storage import Range, Storage
 from tensorstore_fmt.writing.commit import Tables
@@ -189,7 +188,7 @@ class SegmentLog:
                 self._storage, [s.header for s in group], self._options.clock_us()
             )
             self._storage.sync([header.name.path])
-        except (OSError, FormatError) as error:
+        except Exception as error:  # noqa: BLE001 - a merge that fails must not end the thread
             # Nothing is lost: what would have been merged stays as it is, and is not tried again.
             self._failures.note(error)
             with self._lock:

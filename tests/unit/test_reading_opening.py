@@ -133,6 +133,51 @@ def test_a_bundle_never_says_what_exists(build: RunBuilder) -> None:
         assert open_run(build.url)["x"].read().tolist() == [0, 1, 2]
 
 
+def test_no_damage_of_a_bundle_matters(build: RunBuilder) -> None:
+    w = build.writer()
+    w.flush(put(0), Put(name="y", value=np.arange(5)))
+    w.flush(put(1), closed=True)
+    build.bundle()
+    bundle = build.root / layout.BUNDLE
+    data = bundle.read_bytes()
+    for at in range(0, len(data), 5):
+        damaged = bytearray(data)
+        damaged[at] ^= 0x20
+        bundle.write_bytes(damaged)
+        run = open_run(build.url)
+        assert run["x"].read().tolist() == [0, 1]
+        assert run["y"].read(step=0).tolist() == [0, 1, 2, 3, 4]
+        assert run.is_closed
+    for cut in range(0, len(data), 11):
+        bundle.write_bytes(data[:cut])
+        assert open_run(build.url)["x"].read().tolist() == [0, 1]
+
+
+def test_a_damaged_segment_gives_the_right_data_or_an_error(build: RunBuilder) -> None:
+    name = build.writer().flush(put(0), put(1), Put(name="y", value=np.arange(5)), closed=True)
+    path = build.root / name.path
+    data = path.read_bytes()
+    outcomes = {"right": 0, "error": 0}
+    for at in range(len(data)):
+        damaged = bytearray(data)
+        damaged[at] ^= 1 << at % 8
+        path.write_bytes(damaged)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            try:
+                run = open_run(build.url)
+                assert run["x"].read().tolist() == [0, 1]
+                assert run["y"].read(step=0).tolist() == [0, 1, 2, 3, 4]
+                outcomes["right"] += 1
+            except FormatError:
+                outcomes["error"] += 1
+    assert outcomes["right"] == 2 * (256 + 3 * 64)  # header and root stand twice
+    for cut in range(0, len(data), 3):
+        path.write_bytes(data[:cut])
+        with pytest.warns(RuntimeWarning), pytest.raises(FormatError):
+            open_run(build.url)["x"]
+
+
 def test_maximal_segments() -> None:
     key = layout.WriterKey(worker=0, attempt=0, writer=1)
 

@@ -263,14 +263,20 @@ def test_a_chunk_that_the_index_lacks_is_an_error(build: RunBuilder) -> None:
     build.writer().flush(
         Put(name="a", value=np.zeros((4, 4)), grid=(2, 2), skip_chunks=[2]),
         Put(name="b", value=np.zeros((4, 4)), change={"raw_nbytes": 64}),
-        Put(name="c", value=np.zeros((4, 4)), change={"offset": 10**6}),
     )
     run = open_run(build.url)
     assert run["a"].read(index=np.s_[:2, :]).shape == (1, 2, 4)
-    for name in ("a", "b", "c"):
+    for name in ("a", "b"):
         with pytest.raises(FormatError) as caught:
             run[name].read()
         assert caught.value.code == "malformed"
+
+
+def test_an_entry_that_ends_behind_its_shard_is_an_error(build: RunBuilder) -> None:
+    build.writer().flush(Put(name="c", value=np.zeros((4, 4)), change={"offset": 8 * 10**6}))
+    with pytest.raises(FormatError) as caught:
+        open_run(build.url)["c"].read()
+    assert caught.value.code == "malformed"
 
 
 # --- who wins ------------------------------------------------------------------------
