@@ -1,4 +1,4 @@
-"""Question: what does it cost to open a run, and to read slices of it, on a warm local disk?
+"""What it costs to open a run, and to read slices of it, on a warm local disk.
 
 Data: seeded; runs are built once below ``--cache``. Each case is a child process; figures are
 medians of several openings or reads. ``python benchmarks/bench_reading.py [CASE ...] [--quick]``.
@@ -181,7 +181,7 @@ def curve(cache: Path, *, quick: bool) -> dict[str, float]:
     """Read one scalar series of 100,000 steps."""
     build = build_curve_quick if quick else build_curve
     run = tsf.open_run(_built(cache / build.__name__, build))
-    return {"warm_ms": milliseconds(lambda: run["m3"].read())}
+    return {"warm_ms": milliseconds(run["m3"].read)}
 
 
 def attention(cache: Path, *, quick: bool) -> dict[str, float]:

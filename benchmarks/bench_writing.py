@@ -1,7 +1,8 @@
-"""Question: how fast does a writer take scalars, small tensors and large ones, and with how much memory?
+"""How fast a writer takes scalars, small tensors and large ones, and with how much memory.
 
-Data: seeded. Each case is a child process; times run from `create_run` to the end of `close`,
-which syncs to the disk; for streams also to the end of `flush`, as other writers count. ``python benchmarks/bench_writing.py [CASE ...] [--quick]``.
+Data: seeded. Each case is a child process. Times run from `create_run` to the end of `close`,
+which syncs to the disk; for streams also to the end of `flush`, as other writers count.
+``python benchmarks/bench_writing.py [CASE ...] [--quick]``.
 """
 
 from __future__ import annotations

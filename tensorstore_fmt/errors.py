@@ -145,13 +145,13 @@ class NameNotFoundError(NotThereError):
 
 
 class StepNotFoundError(NotThereError):
-    """This step was never saved, and never will be."""
+    """A step that was never saved, and never will be."""
 
     default_code = "never_saved"
 
 
 class StepNotYetWrittenError(NotThereError):
-    """This step is not there, but the run may still write it."""
+    """A step that is not there, but the run may still write it."""
 
     default_code = "not_yet_written"
 

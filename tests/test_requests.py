@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import uuid
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def build(url: str, kind: str, **options: object) -> None:
             run.log({"loss": float(RNG.standard_normal())}, step=step)
     if kind == "wide":  # even the catalog does not fit
         names = [RNG.bytes(40).hex() for _ in range(16_000)]
-        run.log({name: 1.0 for name in names}, step=0)
+        run.log(dict.fromkeys(names, 1.0), step=0)
     run.close()
 
 
@@ -171,7 +172,7 @@ def test_a_batch_is_one_round_and_fetches_nothing_twice() -> None:
         assert (result == (WEIGHT[:300] + step)[index]).all(), name
     assert counting.rounds == 1
     spans = sorted((o.path, o.start, o.stop) for o in counting.requests)
-    assert all(a[0] != b[0] or a[2] <= b[1] for a, b in zip(spans, spans[1:], strict=False))
+    assert all(a[0] != b[0] or a[2] <= b[1] for a, b in itertools.pairwise(spans))
 
 
 def test_statistics_and_small_series_read_no_shard(tmp_path: Path) -> None:

@@ -6,11 +6,11 @@ from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
 from tensorstore_fmt.cli.failures import describe
-from tensorstore_fmt.cli.folders import join
 from tensorstore_fmt.cli.output import Output
 from tensorstore_fmt.cli.session import open_run, open_url, storage_options
 from tensorstore_fmt.cli.text import bytes_text, shape_text, steps_text
 from tensorstore_fmt.errors import NotARunError, TensorStoreError
+from tensorstore_fmt.storage.folders import join
 
 if TYPE_CHECKING:
     from tensorstore_fmt.reading.run import Run

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from tensorstore_fmt.cli.expressions import parse_step, parse_steps
 from tensorstore_fmt.cli.failures import UsageError
-from tensorstore_fmt.cli.folders import find_runs
 from tensorstore_fmt.cli.output import Output
 from tensorstore_fmt.cli.parser import PROGRAM
 from tensorstore_fmt.errors import NotARunError
+from tensorstore_fmt.storage.folders import find_runs
 
 if TYPE_CHECKING:
     from tensorstore_fmt.interop.picking import Step, Where

@@ -106,6 +106,15 @@ def read(session: Session, asks: Sequence[Ask]) -> list[Any]:
 
 
 def _assembly(view: View, session: Session, ask: Ask, line: Timeline) -> Assembly | NDArray[Any]:
+    problem = view.missing(worker=ask.query.worker, attempt=ask.query.attempt)
+    if ask.wanted.exact is None and problem is not None:
+        # All steps were asked for, and nobody knows whether these are all.
+        raise FormatError(
+            f"{describe_query(ask.query)}: part of the index is damaged ({problem}), so steps may "
+            "be missing; name the steps (steps=[...], see .steps) or try `tensorstore-fmt recover`",
+            code=problem.code,
+            **{**problem.facts, "name": ask.query.name},
+        )
     try:
         chosen = choose(view, line, ask.wanted)
     except StepNotFoundError as error:

@@ -21,7 +21,7 @@ from tensorstore_fmt.upkeep.entry_check import EntryChecker, check_segment
 from tensorstore_fmt.upkeep.inventory import children, gaps
 from tensorstore_fmt.upkeep.lost import Logged, lost_of_page
 from tensorstore_fmt.upkeep.report import KIND_TEXTS, Lost, mode_text
-from tensorstore_fmt.upkeep.rows import Part, part_of_rows
+from tensorstore_fmt.upkeep.rows import Part, dropped_part, part_of_rows
 from tensorstore_fmt.upkeep.segment_file import SegmentFile, open_segment
 
 __all__ = ["Piece", "Rebuilder"]
@@ -41,6 +41,8 @@ class Piece:
         Whether everything is there that was committed in these flushes.
     restored
         Number of entries that the damaged segment itself did not give.
+    gone
+        Series with steps that were saved in these flushes, or may have been, and are lost.
     """
 
     first: int
@@ -49,6 +51,7 @@ class Piece:
     is_complete: bool = True
     restored: int = 0
     lost: list[Lost] = field(default_factory=list)
+    gone: list[tuple[Series, list[int]]] = field(default_factory=list)
 
     def encode(self, header: segment.Header) -> bytes:
         """Give the bytes of a segment with this content."""
@@ -153,7 +156,7 @@ class Rebuilder:
         is_complete = not left or (top is not None and self._is_all(top, parts, restored))
         piece = Piece(first, last, [], is_complete=is_complete, restored=restored)
         if not is_complete:
-            piece.lost = self._lost(first, last, top, parts)
+            self._note_lost(piece, top, parts)
             parts = self._without_halves(piece, parts)
         header = self._any_header(first, last)
         piece.inputs = [p.input(header) for p in parts if len(p.entries)]
@@ -197,23 +200,22 @@ class Rebuilder:
 
     # --- what is lost -----------------------------------------------------------------------
 
-    def _lost(
-        self, first: int, last: int, top: SegmentFile | None, parts: Sequence[Part]
-    ) -> list[Lost]:
+    def _note_lost(self, piece: Piece, top: SegmentFile | None, parts: Sequence[Part]) -> None:
         if top is None or top.head is None:
             what = (
-                f"flushes {first} to {last} of writer {self._key}: what was in them besides the "
-                f"{sum(len(p.entries) for p in parts):,} entries that were restored"
+                f"flushes {piece.first} to {piece.last} of writer {self._key}: what was in them "
+                f"besides the {sum(len(p.entries) for p in parts):,} entries that were restored"
             )
-            return [Lost(name=None, what=what)]
-        found = []
+            piece.lost.append(Lost(name=None, what=what))
+            return
         for number in sorted(top.bad_pages):
             for series, steps in lost_of_page(top, number, self._logged):
                 there = set(_steps_of(series, parts))
                 gone = [s for s in steps if s not in there]
                 if gone or not (steps or there):
-                    found.append(_lost(series, gone, f"its page of the index in {top.path}"))
-        return found
+                    piece.gone.append((series, gone))
+                    what = f"its page of the index in {top.path} is gone"
+                    piece.lost.append(_lost(series, gone, what))
 
     def _any_header(self, first: int, last: int) -> segment.Header:
         return segment.Header(
@@ -241,8 +243,23 @@ class Rebuilder:
             for number, steps in halves:
                 series = catalog[number]
                 parts = [p.without(series.identity, steps) for p in parts]
+                piece.gone.append((series, steps))
                 piece.lost.append(_lost(series, steps, "some of its chunks are gone"))
         return [p.without_grids() for p in parts]
+
+    def shadow(self, piece: Piece, older: Sequence[Piece]) -> None:
+        """Keep older values of lost steps from being taken for the lost ones: these are dropped.
+
+        Where a step was saved in earlier flushes too, readers would find that value now.
+        """
+        rows: list[tuple[Series, int]] = []
+        for series, steps in piece.gone:
+            if series.kind != layout.KIND_STEPS:
+                known = set(_steps_in(older, series))
+                rows += [(series, step) for step in steps if step in known]
+        if rows:
+            header = self._any_header(piece.first, piece.last)
+            piece.inputs.append(dropped_part(rows, piece.last).input(header))
 
     def _check(self, data: bytes, header: segment.Header) -> EntryChecker | None:
         # Nothing is read from the storage: all bytes are spare ones.
@@ -256,8 +273,23 @@ def _lost(series: Series, steps: Sequence[int], what: str) -> Lost:
         mode=mode_text(series.mode),
         kind=KIND_TEXTS.get(series.kind, "data"),
         steps=tuple(steps),
-        what=f"{what} is gone" if what.startswith("its") else what,
+        what=what,
     )
+
+
+def _steps_in(pieces: Sequence[Piece], series: Series) -> list[int]:
+    """Give the steps that pieces hold of a series, or of one that stands for the same tensor."""
+    runs = []
+    for source in (source for piece in pieces for source in piece.inputs):
+        catalog = source.head.catalog
+        for n in catalog.rows_of(series.name):
+            if catalog[n].group != series.group:
+                continue
+            for number in source.head.entry_pages(n).tolist():
+                entries = source.head.decode_entries(number, source.read_page(number))
+                for row in entries.rows[entries.rows["series"] == n]:
+                    runs.append((int(row["step"]), int(row["stride"]), int(row["count"])))
+    return expand(runs)
 
 
 def _steps_of(series: Series, parts: Sequence[Part]) -> list[int]:

@@ -13,7 +13,7 @@ from tensorstore_fmt.format.catalog import SUMS, Series
 from tensorstore_fmt.format.page import Entries
 from tensorstore_fmt.format.ragged import Ragged
 
-__all__ = ["Part", "part_of_rows"]
+__all__ = ["Part", "dropped_part", "part_of_rows"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +92,22 @@ class Part:
             return data[int(row["offset"]) : int(row["offset"]) + int(row["nbytes"])]
 
         return merge.MergeInput(head, read_page)
+
+
+def dropped_part(rows: Sequence[tuple[Series, int]], flush: int) -> Part:
+    """Make entries that say that these steps are dropped."""
+    catalog = {series.identity: series for series, _ in rows}
+    number = {identity: n for n, identity in enumerate(catalog)}
+    table = np.zeros(len(rows), page.ENTRY_ROW)
+    table["series"] = [number[series.identity] for series, _ in rows]
+    table["step"] = [step for _, step in rows]
+    table["stride"] = table["count"] = 1
+    table["first_flush"] = table["last_flush"] = flush
+    table["codec"] = layout.CODEC_DROPPED
+    table["shard"] = layout.INLINE_SHARD
+    dims = [(0,) * sum(n < 0 for n in series.shape) for series, _ in rows]
+    entries = Entries(table, Ragged.of_ints(dims), Ragged.empty(len(rows), np.uint8))
+    return Part(list(catalog.values()), [], entries)
 
 
 # --- rows of shards -----------------------------------------------------------------------

@@ -266,6 +266,8 @@ class WriterRecovery:
             pieces = self._orphan(rebuilder)
             if not pieces:
                 return
+        for i, piece in enumerate(pieces):
+            rebuilder.shadow(piece, pieces[:i])
         is_lossy = known is not None or not all(p.is_complete for p in pieces)
         for piece in pieces:
             made = replace(header, first_flush=piece.first, last_flush=piece.last)

@@ -268,7 +268,8 @@ class RunWriter:
         self._report: CloseReport | None = None
         self._steps = self._raw_nbytes = 0
         self._log_s = 0.0
-        self._complete = [-1] * len(layout.MODES)
+        # An attempt has nothing to say about steps before the one it resumes from.
+        self._complete = [joined.resume_step - 1] * len(layout.MODES)
         self._max_step = [-1] * len(layout.MODES)
         self._mode_steps = {m: joined.mode_steps.get(m, 0) for m in range(len(layout.MODES))}
         self._last_logged: dict[int, int] = {}
@@ -284,6 +285,7 @@ class RunWriter:
             last_flush=0,
             opened_us=opened_us,
             published_us=opened_us,
+            complete_through=(joined.resume_step - 1,) * 4,
         )
         self._failures = Failures(options, storage.describe())
         self._segments = SegmentLog(storage, options, self._failures)
@@ -519,7 +521,8 @@ class RunWriter:
         generation = self._generation
         self._generation = Generation(generation.number + 1)
         self._staging.finish(generation)
-        steps = self._max_step if is_last else self._complete
+        last = self._max_step if is_last else self._complete
+        steps = [max(pair) for pair in zip(last, self._complete, strict=True)]
         return Taken(generation, (steps[0], steps[1], steps[2], steps[3]))
 
     def _end_generation_early(self) -> None:

@@ -183,7 +183,9 @@ def fetched(url: str, options: dict[str, object], folder: Path) -> Path:
     return folder
 
 
-def damage(url: str, options: dict[str, object], path: str, change: Callable[[bytes], bytes]) -> None:
+def damage(
+    url: str, options: dict[str, object], path: str, change: Callable[[bytes], bytes]
+) -> None:
     with open_storage(url, storage_options=options, writable=True) as storage:
         data, _ = storage.fetch([Prefix(path, 1 << 30)])[0]
         storage.publish(path, [change(data)])

@@ -1,4 +1,4 @@
-"""How tensors are kept: once if they are the same, several steps to a chunk, dropped and recorded."""
+"""How tensors are kept: once if they are the same, k steps to a chunk, dropped and recorded."""
 
 from __future__ import annotations
 
