@@ -442,7 +442,15 @@ class _Decompressor(threading.local):
 _decompressor: Final = _Decompressor()
 
 
-def decode(payload: Buffer, out: _Bytes, *, codec: int, dtype: str, rows: int = 1) -> None:
+def decode(
+    payload: Buffer,
+    out: _Bytes,
+    *,
+    codec: int,
+    dtype: str,
+    rows: int = 1,
+    span: tuple[int, int] | None = None,
+) -> None:
     """Write the raw chunk of a payload to `out`, or raise.
 
     The payload's checksum is the caller's to check. If this raises, what `out` holds is undefined.
@@ -458,6 +466,9 @@ def decode(payload: Buffer, out: _Bytes, *, codec: int, dtype: str, rows: int = 
         As in the entry and the catalog.
     rows
         Number of steps in the payload; the delta codec needs it.
+    span
+        First and last + 1 byte of the raw chunk that the caller will look at, if it is not all:
+        the others may be left as they are. Whole elements. The payload is checked all the same.
 
     Raises
     ------
@@ -495,7 +506,7 @@ def decode(payload: Buffer, out: _Bytes, *, codec: int, dtype: str, rows: int = 
         _check_frame(data, len(out))
         np.copyto(out, _decompress(data, len(out)))
     elif codec == layout.CODEC_PLANES:
-        _decode_planes(data, out, dtypes.word_nbytes(dtype))
+        _decode_planes(data, out, dtypes.word_nbytes(dtype), span or (0, len(out)))
     else:
         _decode_delta(data, out, dtype, rows)
 
@@ -510,7 +521,7 @@ def _decode_constant(data: _Bytes, out: _Bytes, size: int) -> None:
     out.view(word).reshape(-1, size // word.itemsize)[:] = np.frombuffer(data.tobytes(), word)
 
 
-def _decode_planes(data: _Bytes, out: _Bytes, w: int) -> None:
+def _decode_planes(data: _Bytes, out: _Bytes, w: int, span: tuple[int, int]) -> None:
     head = layout.PLANES_HEADER_NBYTES + 4 * w
     if w == 0:
         raise _malformed("strings cannot have the codec planes")
@@ -540,7 +551,12 @@ def _decode_planes(data: _Bytes, out: _Bytes, w: int) -> None:
         run if len(run) == n else np.broadcast_to(run, n) if len(run) == 1 else _decompress(run, n)
         for run in runs
     ]
-    planes.join(cut, out, rotated=bool(flags & layout.PLANES_ROTATED))
+    first, last = span[0] // w, -(-span[1] // w)
+    planes.join(
+        cut if last - first == n else [plane[first:last] for plane in cut],
+        out[first * w : last * w],
+        rotated=bool(flags & layout.PLANES_ROTATED),
+    )
 
 
 def _decode_delta(data: _Bytes, out: _Bytes, dtype: str, rows: int) -> None:

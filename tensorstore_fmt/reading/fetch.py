@@ -473,6 +473,7 @@ class _Decoder:
         self._dtype = dtypes.numpy_dtype(fill.assembly.dtype)
         self._is_string = fill.assembly.dtype == dtypes.STRING
         self._last: _Array | None = None
+        self._spans: dict[int, tuple[int, int]] = {}
 
     def put(self, payload: memoryview, what: _Payload, *, is_same: bool) -> None:
         """Check and decode one payload; `is_same`: it is the one before (say, a frozen layer)."""
@@ -509,6 +510,17 @@ class _Decoder:
                 return
         target[(rows, *place)] = values[(taken, *touched.local[what.chunk])]
 
+    def _span(self, what: _Payload, box: tuple[int, ...]) -> tuple[int, int] | None:
+        """Give the bytes of a chunk with one step that the selection lies in."""
+        if what.kept != 1 or self._is_string:
+            return None
+        span = self._spans.get(what.chunk)
+        if span is None:
+            span = self._spans[what.chunk] = _span(
+                box, self._touched.local[what.chunk], self._dtype.itemsize
+            )
+        return span
+
     def _values(
         self, payload: memoryview, what: _Payload, box: tuple[int, ...], room: _Array | None
     ) -> _Array:
@@ -520,7 +532,14 @@ class _Decoder:
                 )
             return np.frombuffer(payload, self._dtype).reshape(what.kept, *box)
         raw = _scratch.take(what.raw_nbytes) if room is None else room.reshape(-1).view(np.uint8)
-        codec.decode(payload, raw, codec=what.codec, dtype=self._dtype_name, rows=what.kept)
+        codec.decode(
+            payload,
+            raw,
+            codec=what.codec,
+            dtype=self._dtype_name,
+            rows=what.kept,
+            span=self._span(what, box) if room is None else None,
+        )
         if self._is_string:
             cut = unpack_strings(raw, what.kept * math.prod(box))
             texts = np.empty(len(cut), object)
@@ -535,3 +554,21 @@ def _as_slice(numbers: _I64) -> slice | _I64:
     if distance > 0 and (np.diff(numbers) == distance).all():
         return slice(int(numbers[0]), int(numbers[-1]) + 1, distance)
     return numbers
+
+
+def _span(box: tuple[int, ...], local: tuple[slice, ...], itemsize: int) -> tuple[int, int]:
+    """Give the first and the last + 1 byte of a box in C order that a selection touches."""
+    begin, nbytes = 0, math.prod(box) * itemsize
+    for length, axis in zip(box, local, strict=True):
+        if not length:
+            return 0, 0
+        indices = range(*axis.indices(length))
+        if not indices:
+            return 0, 0
+        inner = nbytes // length
+        low, high = min(indices[0], indices[-1]), max(indices[0], indices[-1])
+        begin += low * inner
+        nbytes = (high - low + 1) * inner
+        if high > low:
+            break
+    return begin, begin + nbytes

@@ -404,3 +404,18 @@ def test_strings_that_cannot_be_stored() -> None:
 def test_exports_are_sorted() -> None:
     for module in (codec, planes):
         assert all(a < b for a, b in pairwise(module.__all__))
+
+
+@pytest.mark.parametrize("compression", ["auto", "zstd", "none"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64", "int16", "uint8"])
+def test_part_of_a_chunk(dtype: str, compression: str) -> None:
+    rng = np.random.default_rng(3)
+    size = dtypes.itemsize(dtype)
+    values = (rng.standard_normal(40_000) * 100).astype(dtypes.numpy_dtype(dtype))
+    raw = values.view(np.uint8)
+    encoded = codec.Encoder(compression).encode(raw, dtype=dtype)
+    for first, last in ((0, 40_000), (0, 1), (39_999, 40_000), (123, 30_001), (7, 7)):
+        out = np.zeros(len(raw), np.uint8)
+        span = (first * size, last * size)
+        codec.decode(encoded.to_bytes(), out, codec=encoded.codec, dtype=dtype, span=span)
+        assert (out[slice(*span)] == raw[slice(*span)]).all()
