@@ -156,24 +156,27 @@ class _Stream:
     def take_before(self, stop: int) -> Entries:
         """Give all entries of series below `stop`."""
         root = self._source.head.root
-        parts = [self._held]
+        parts = [self._held] if len(self._held) else []
         while self._at < len(self._pages):
             number = self._pages[self._at]
             if self._series_map[root["first_series"][number]] >= stop:
                 break
             parts.append(self._decode(number))
             self._at += 1
-        entries = Entries.concat([p for p in parts if len(p)])
+        entries = Entries.concat(parts)
         cut = int(np.searchsorted(entries.rows["series"], stop))
         self._held = entries.slice(cut, len(entries))
         return entries.slice(0, cut)
 
     def rows_below(self, stop: int) -> int:
-        """Give an upper bound of the entries of series below `stop`."""
+        """Give how many entries `take_before` would have to hold at once, at most."""
         root = self._source.head.root
         pages = self._pages[self._at :]
-        firsts = self._series_map[root["first_series"][pages]] if pages else np.empty(0, np.int64)
-        return len(self._held) + int(root["rows"][pages][firsts < stop].sum() if pages else 0)
+        held = int(np.searchsorted(self._held.rows["series"], stop))
+        if not pages:
+            return held
+        is_needed = self._series_map[root["first_series"][pages]] < stop
+        return held + int(root["rows"][pages][is_needed].sum())
 
     def _decode(self, number: int) -> Entries:
         entries = self._source.head.decode_entries(number, self._source.read_page(number))

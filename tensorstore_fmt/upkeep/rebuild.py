@@ -287,8 +287,8 @@ def _steps_in(pieces: Sequence[Piece], series: Series) -> list[int]:
                 continue
             for number in source.head.entry_pages(n).tolist():
                 entries = source.head.decode_entries(number, source.read_page(number))
-                for row in entries.rows[entries.rows["series"] == n]:
-                    runs.append((int(row["step"]), int(row["stride"]), int(row["count"])))
+                rows = entries.rows[entries.rows["series"] == n]
+                runs += [(int(r["step"]), int(r["stride"]), int(r["count"])) for r in rows]
     return expand(runs)
 
 

@@ -51,9 +51,9 @@ def recover(
     undamaged pages, from segments they cover, from the bundle, and from rows of shards that
     prove themselves. If something remains lost, the new writer leaves out one flush on purpose,
     so that readers never answer "never saved" for what may be lost; and a lost step that was
-    saved earlier too is marked as dropped, so that its older value is not taken for it. Shards without footer get
-    one (on a disk). Committed bytes are never changed; damaged files are set aside as
-    ``NAME.damaged``. Recovering twice changes nothing the second time.
+    saved earlier too is marked as dropped, so that its older value is not taken for it.
+    Shards without footer get one (on a disk). Committed bytes are never changed; damaged files
+    are set aside as ``NAME.damaged``. Recovering twice changes nothing the second time.
 
     Flushes that were never committed are not brought back: rows of shards beyond the last
     segment stay invisible, as their writer never promised them. Only where no segment of a
