@@ -1,0 +1,58 @@
+"""Running many trials in forked children, two at a time; shared by the crash tests."""
+
+from __future__ import annotations
+
+import os
+import queue
+import random
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from tensorstore_fmt.testing.forks import ForkServer
+
+T = TypeVar("T")
+
+COUNT = float(os.environ.get("TSF_COUNT", "1"))
+"""How many times the usual number of trials."""
+
+
+def new_seed(name: str) -> int:
+    """Give the seed of this test, and print it; ``TSF_SEED`` repeats one."""
+    seed = int(os.environ.get("TSF_SEED", random.SystemRandom().randrange(2**32)))
+    print(f"{name}: TSF_SEED={seed} TSF_COUNT={COUNT:g}")
+    return seed
+
+
+@contextmanager
+def quick_folder() -> Iterator[Path]:
+    """Give a folder in memory, where there is one: syncing is not what these trials are about."""
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="tsf-crash-", dir=memory) as folder:
+        yield Path(folder)
+
+
+def run_trials(
+    modules: Sequence[str], trials: Sequence[T], work: Callable[[ForkServer, T], object]
+) -> list[str]:
+    """Do the work on all trials; give what failed, one text each."""
+    servers: queue.SimpleQueue[ForkServer] = queue.SimpleQueue()
+
+    def one(trial: T) -> str | None:
+        server = servers.get()
+        try:
+            work(server, trial)
+        except Exception as error:
+            return f"{trial}: {error}"
+        finally:
+            servers.put(server)
+        return None
+
+    with ForkServer(modules) as first, ForkServer(modules) as second:
+        servers.put(first)
+        servers.put(second)
+        with ThreadPoolExecutor(2) as pool:
+            return [text for text in pool.map(one, trials) if text is not None]
