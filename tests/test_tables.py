@@ -36,8 +36,8 @@ def test_columns_are_the_same_everywhere(run: tsf.Run, table: str) -> None:
     assert frame.columns == names
     assert frame.height == arrow.num_rows
     with duckdb.connect() as connection:
-        found = connection.sql("select count(*) from arrow").fetchone()
-    assert found == (arrow.num_rows,)
+        found = connection.sql("select count(*) from arrow").fetchall()
+    assert found == [(arrow.num_rows,)]
 
 
 def test_a_loss_curve_in_each(run: tsf.Run) -> None:

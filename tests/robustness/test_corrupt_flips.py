@@ -35,12 +35,14 @@ from tensorstore_fmt.reading.run import Run
 from tensorstore_fmt.reading.session import Session
 from tensorstore_fmt.upkeep import verify
 
-# By default every byte of one run of each form of file, and some of those that repeat it.
+# By default every byte that must be noticed of a live run; others of its bytes, and the files that
+# repeat its forms, less densely.
 STRIDES = {
     ("live", "index"): 1, ("live", "run.json"): 1, ("live", "shards"): 1,
-    ("closed", "index.bundle"): 3, ("closed", "shards"): 11, ("by-hand", "index"): 3,
+    ("closed", "index.bundle"): 9, ("by-hand", "index"): 6, ("parts", "index"): 101,
 }  # fmt: skip
 OTHER_STRIDE = 37
+UNNOTICED_STRIDE = 5
 
 
 def bits(offset: int) -> list[int]:
@@ -91,8 +93,10 @@ def test_flipped_bits_are_noticed_or_do_not_matter(name: str) -> None:
     for path, data in files.items():
         places = irrelevant(files).get(path, [])
         for offset in offsets(name, path, len(data)):
+            expected = not may_be_missed(places, offset)
+            if not expected and offset % UNNOTICED_STRIDE and stretched() <= 1:
+                continue
             for bit in bits(offset):
-                expected = not may_be_missed(places, offset)
 
                 def work(path: str = path, offset: int = offset, bit: int = bit) -> Outcome:
                     outcome = examiner.flip(path, offset, bit)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 import tensorstore_fmt as tsf
-from tensorstore_fmt.storage import Storage, open_storage
+from tensorstore_fmt.storage import Storage, local, open_storage
 from tensorstore_fmt.testing.crash import CrashStorage, Fault, crash_at
 from tensorstore_fmt.testing.forks import Channel
 from tensorstore_fmt.testing.oracle import Event, Oracle, Seen, check_run
@@ -242,6 +242,9 @@ def warm_up() -> None:
         trial = Trial(f"{folder}/run", Fault(0))
         write_with_fault(_Silent(), trial)
         check_trial(_Silent(), trial, 0)
+    if local._pool is not None:
+        local._pool.shutdown()
+        local._pool = None
     assert threading.active_count() == 1, threading.enumerate()
 
 
