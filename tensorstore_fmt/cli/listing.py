@@ -69,7 +69,6 @@ def _rows(run: Run, names: list[str]) -> list[dict[str, Any]]:
         row = rows.get(name)
         is_data = each["kind"] == "data"
         if row is None or (is_data and row["kind"] == "statistics"):
-            kept = {"raw_nbytes": 0, "stored_nbytes": 0} if row is None else row
             row = rows[name] = {
                 "name": name,
                 "kind": "statistics",
@@ -80,8 +79,8 @@ def _rows(run: Run, names: list[str]) -> list[dict[str, Any]]:
                 "first_step": each["first_step"],
                 "last_step": each["last_step"],
                 "saved": 0,
-                "raw_nbytes": kept["raw_nbytes"],
-                "stored_nbytes": kept["stored_nbytes"],
+                "raw_nbytes": 0,
+                "stored_nbytes": 0,
             }
             if is_data:
                 row["kind"] = _kind(each)
@@ -96,11 +95,11 @@ def _kind(each: dict[str, Any]) -> str:
 
 
 def _add(row: dict[str, Any], each: dict[str, Any], *, is_data: bool) -> None:
-    """Add a series to the row of its name; of statistics beside data only the bytes."""
-    row["raw_nbytes"] += each["raw_nbytes"]
-    row["stored_nbytes"] += each["stored_nbytes"]
+    """Add a series to the row of its name; statistics count only where there is no data."""
     if not is_data and row["kind"] != "statistics":
         return
+    row["raw_nbytes"] += each["raw_nbytes"]
+    row["stored_nbytes"] += each["stored_nbytes"]
     row["saved"] += each["steps"]
     row["first_step"] = min(row["first_step"], each["first_step"])
     row["last_step"] = max(row["last_step"], each["last_step"])

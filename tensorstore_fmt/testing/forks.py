@@ -137,7 +137,7 @@ class ForkServer:
         status = child.finish()
         if not messages or messages[-1][0] != "result":
             said = messages[-1][1] if messages else f"ended with {status}"
-            raise ChildFailedError(f"{task}{arguments}: {said}")
+            raise ChildFailedError(f"{task}: {said}")
         return messages[-1][1]
 
     def _ask(self, request: object, fd: int | None = None) -> int:

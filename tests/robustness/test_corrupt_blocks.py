@@ -35,7 +35,7 @@ BLOCKS = (512, 4096)
 
 # --- D3 -----------------------------------------------------------------------------------
 
-STRIDES = {"live": 1, "by-hand": 9}
+STRIDES = {"live": 1, "by-hand": 19, "parts": 211}
 OTHER_STRIDE = 53
 
 
@@ -69,7 +69,7 @@ def test_cut_files_are_refused_or_a_shorter_run_is_announced(name: str) -> None:
     stride = 1 if stretched() > 1 else STRIDES.get(name, OTHER_STRIDE)
     for path, data in files.items():
         # Of a shard all that counts is how much of which payload is left.
-        step = stride if not path.startswith("shards/") else max(stride, 3 * (stretched() <= 1))
+        step = stride if not path.startswith("shards/") else max(stride, 7 * (stretched() <= 1))
         for nbytes in range(0, len(data), step):
             tally.trial(
                 f"{path} cut at {nbytes}", lambda p=path, n=nbytes: cutter.check(p, n)
@@ -228,11 +228,11 @@ def _compacted(files: Files) -> Files:
 
     from support.mutate import load, save
 
-    from tensorstore_fmt.upkeep import recover
+    from tensorstore_fmt.upkeep import compact
 
     with tempfile.TemporaryDirectory() as place:
         folder = save(files, Path(place))
-        recover(folder)
+        compact(folder)
         return load(folder)
 
 

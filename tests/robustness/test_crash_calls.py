@@ -6,6 +6,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -116,12 +117,12 @@ def test_a_crash_at_every_system_call(folder: Path) -> None:
 
 
 def failures(calls: list[str], place: Callable[[], str], codec: str) -> list[Trial]:
-    """Give all failures of all calls; of mere reads one kind each, unless there is time."""
+    """Give failures of all calls; the errors take turns, unless there is time for all of them."""
     trials = []
     for k in range(1, len(calls) + MARGIN):
         op = calls[k - 1] if k <= len(calls) else "publish"
         is_write = op in WRITES or COUNT >= 3
-        errors = ERRORS if is_write else (ERRORS[k % len(ERRORS)],)
+        errors = ERRORS if COUNT >= 3 else (ERRORS[k % len(ERRORS)],)
         faults = [Fault(k, "fail", error) for error in errors]
         if op in ("append", "publish") or COUNT >= 3:
             faults.append(Fault(k, "short", "ENOSPC"))
@@ -138,8 +139,8 @@ def test_every_call_fails(folder: Path, scheme: str, codec: str) -> None:
     place = places(folder / f"fail-{codec}", "" if scheme == "local" else "memory")
     calls = calls_of(Trial(place(), Fault(0), codec))
     trials = failures(calls, place, codec)
-    if scheme == "memory" and COUNT < 3:
-        trials = [t for t in trials if t.fault.kind != "fail" or t.fault.error == "EIO"]
+    if COUNT < 3:  # the next writer has enough to do after crashes
+        trials = [replace(t, goes_on=i % 4 == 0) for i, t in enumerate(trials)]
     met = carry_out(f"C4 every call fails, {scheme}, {codec}", trials)
     assert met["failed"]
 

@@ -122,6 +122,7 @@ class Trial:
     compression: str = "auto"
     is_system_call: bool = False
     where: str = "before"
+    goes_on: bool = True
 
     @property
     def crashes(self) -> bool:
@@ -179,7 +180,8 @@ def check_trial(
         assert seen.dropped <= report.dropped
         if trial.fault.kind != "from":
             assert seen.prefix == len(oracle.events), "one failure, and not all is there"
-    go_on(trial.url, oracle, seen)
+    if trial.goes_on:
+        go_on(trial.url, oracle, seen)
     return {"prefix": seen.prefix if seen else 0, "dropped": seen.dropped if seen else 0}
 
 
@@ -289,16 +291,31 @@ def write_stream(
 
 
 def check_stream(
-    channel: Channel, url: str, oracles: dict[int, Oracle]
-) -> dict[int, tuple[int, int]]:
-    """Check all workers; give their prefixes and numbers of values."""
+    channel: Channel, url: str, before: dict[int, Oracle], after: dict[int, Oracle], attempt: int
+) -> tuple[bool, dict[int, Seen]]:
+    """Check all workers after their writers were killed.
+
+    Parameters
+    ----------
+    before, after
+        What is right if the attempt never began, and if it did: it hides steps then.
+
+    Returns
+    -------
+    tuple
+        Whether the attempt began, and what is visible of each worker.
+    """
+    nothing = Seen(0, 0, 0)
     try:
         run = tsf.open_run(url)
     except tsf.NotARunError:
-        assert all(oracle.acknowledged == 0 for oracle in oracles.values())
-        return dict.fromkeys(oracles, (0, 0))
+        assert all(oracle.acknowledged == 0 for oracle in after.values())
+        return False, dict.fromkeys(after, nothing)
     with run:
         assert not run.damage
-        worker_or_all = {w: w if len(oracles) > 1 else None for w in oracles}
-        found = {w: check_run(run, o, worker=worker_or_all[w]) for w, o in oracles.items()}
-    return {worker: (seen.prefix, seen.values) for worker, seen in found.items()}
+        has_begun = attempt in run.attempts
+        oracles = after if has_begun else before
+        alone = len(oracles) == 1
+        return has_begun, {
+            w: check_run(run, oracle, worker=None if alone else w) for w, oracle in oracles.items()
+        }
