@@ -18,7 +18,7 @@ from tensorstore_fmt.testing.oracle import Oracle
 
 LIMIT_S = 60.0
 ATTEMPTS = 10
-SLOWEST_S = 0.15
+SLOWEST_S = 0.2
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def attempt(
     for thread in threads:
         thread.start()
     begin = time.monotonic()
-    times = {w: rng.random() ** 2 * SLOWEST_S * (1 + job.num_workers / 4) for w in children}
+    times = {w: rng.random() ** 1.5 * SLOWEST_S * (1 + job.num_workers / 4) for w in children}
     for worker, when in sorted(times.items(), key=lambda item: item[1]):
         time.sleep(max(0.0, begin + when - time.monotonic()))
         children[worker].kill()

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -327,3 +329,38 @@ def test_a_killed_writer_loses_nothing_that_was_flushed(tmp_path: Path) -> None:
     assert not reader.is_closed
     with pytest.raises(tsf.StepNotYetWrittenError):
         reader["a"].read(step=25)
+
+
+# --- when it becomes visible -----------------------------------------------------------------
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_flushed_by_time(tmp_path: Path) -> None:
+    with tsf.create_run(tmp_path / "run", flush_interval_s=0.05) as run:
+        run.log({"a": 1.0}, step=0)
+        wait_until(lambda: "a" in tsf.open_run(tmp_path / "run"))
+
+
+def test_flushed_by_bytes(tmp_path: Path) -> None:
+    with tsf.create_run(tmp_path / "run", flush_interval_s=3600, flush_bytes=1_000_000) as run:
+        run.log({"small": np.zeros(1000)}, step=0)
+        assert tsf.open_run(tmp_path / "run").names() == []
+        run.log({"large": np.random.default_rng(0).standard_normal(200_000)}, step=1)
+        wait_until(lambda: tsf.open_run(tmp_path / "run").names() == ["large", "small"])
+
+
+def test_all_of_one_call_becomes_visible_at_once(tmp_path: Path) -> None:
+    names = [f"w{i}" for i in range(20)]
+    with create_test_run(tmp_path / "run", flush_interval_s=0.005, stats=False) as run:
+        data = np.random.default_rng(0).standard_normal(50_000)
+        for step in range(40):
+            run.log(dict.fromkeys(names, data + step), step=step)
+            reader = tsf.open_run(tmp_path / "run")
+            seen = {tuple(reader[n].steps.tolist()) if n in reader else () for n in names}
+            assert len(seen) == 1
