@@ -35,7 +35,7 @@ def storage(tmp_path: Path) -> Storage:
 
 def _run_python(script: str, *arguments: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), *arguments],
+        [sys.executable, "-W", "ignore:This process", "-c", textwrap.dedent(script), *arguments],
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -346,9 +346,12 @@ def test_a_lock_ends_with_its_process_also_if_a_child_lives_on(storage: Storage)
         from tensorstore_fmt.storage import open_storage
         storage = open_storage(sys.argv[1], writable=True)
         lock = storage.lock("locks/a")
+        reads, writes = os.pipe()
         if os.fork() == 0:
+            os.write(writes, b"x")  # it lives, and has let go of what it inherited
             time.sleep(60)
             os._exit(0)
+        os.read(reads, 1)
         print("locked", flush=True)
         time.sleep(60)
     """

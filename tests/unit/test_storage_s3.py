@@ -414,7 +414,9 @@ def test_deletes_that_the_store_refused_are_reported(s3: S3Server) -> None:
 
 # --- processes ----------------------------------------------------------------------
 def _run_python(script: str, storage: Storage, options: dict[str, object]) -> str:
-    command = [sys.executable, "-W", "default", "-c", textwrap.dedent(script), storage.url]
+    # From Python 3.12 on, forking with threads warns; that this works is the test.
+    warn = ["-W", "default", "-W", "ignore:This process"]
+    command = [sys.executable, *warn, "-c", textwrap.dedent(script), storage.url]
     done = subprocess.run(
         [*command, json.dumps(options)], capture_output=True, text=True, timeout=60, check=False
     )
