@@ -220,7 +220,7 @@ def decode_catalog(stored: bytes | memoryview, row: np.void, where: str) -> Cata
     }
     rank = lists["shape"].lengths
     part = lists["global_shape"].lengths
-    name_nbytes = np.diff(np.frombuffer(names.buffers()[1], np.int32)[: batch.num_rows + 1])
+    name_nbytes = np.diff(np.frombuffer(names.buffers()[1], np.int32, batch.num_rows + 1))
     is_bad = (
         (kind > layout.KIND_STEPS)
         | (mode >= len(layout.MODES))

@@ -33,6 +33,7 @@ def numbers(column: pa.Array) -> np.ndarray:
     """Give the values of a column of integers without nulls; they are not copied."""
     data = column.buffers()[1]
     dtype = column.type.to_pandas_dtype()
-    if data is None:
+    if data is None or not len(column):
         return np.empty(0, dtype)
-    return np.frombuffer(data, dtype)[column.offset : column.offset + len(column)]
+    # Counted: a buffer in a file may be longer, and by no whole number of elements.
+    return np.frombuffer(data, dtype, column.offset + len(column))[column.offset :]

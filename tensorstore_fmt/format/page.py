@@ -278,7 +278,8 @@ def load_page(
                 raise FormatError(f"{where}: a page has other columns than the spec's")
             batch = reader.read_next_batch()
             batch.validate(full=True)
-    except (pa.ArrowException, StopIteration) as error:
+    except (pa.ArrowException, OSError, UnicodeError, StopIteration) as error:
+        # OSError is what pyarrow says of broken metadata; no storage is asked here.
         raise FormatError(f"{where}: a page is no Arrow stream: {error}") from None
     if batch.num_rows != rows:
         raise FormatError(f"{where}: a page has {batch.num_rows} rows, not {rows}")

@@ -56,9 +56,8 @@ class Ragged:
             values = columns.numbers(column.values)
         else:
             _, offsets_buffer, data = column.buffers()
-            offsets = np.frombuffer(offsets_buffer, np.int32)[
-                column.offset : column.offset + len(column) + 1
-            ].astype(np.int64)
+            end = column.offset + len(column) + 1
+            offsets = np.frombuffer(offsets_buffer, np.int32, end)[column.offset :].astype(np.int64)
             values = np.frombuffer(data if data is not None else b"", np.uint8)
         first = int(offsets[0]) if len(offsets) else 0
         values = values[first : int(offsets[-1])]

@@ -136,9 +136,9 @@ def _read(body: object) -> RunInfo:
             version=tuple(version),
         )
     required = body.get("required")
-    if not isinstance(required, list):
-        raise FormatError("run.json: required is not a list")
-    unknown = [str(r) for r in required if r not in layout.KNOWN_FEATURE_NAMES]
+    if not (isinstance(required, list) and all(isinstance(r, str) for r in required)):
+        raise FormatError("run.json: required is not a list of strings")
+    unknown = [r for r in required if r not in layout.KNOWN_FEATURE_NAMES]
     if unknown:
         raise UnsupportedError(
             f"the run needs features this version does not know: {', '.join(unknown)}; use a newer "

@@ -17,12 +17,17 @@ from typing import Final, Literal, TypeAlias
 
 from tensorstore_fmt.testing.system_calls import SystemCall
 
-__all__ = ["DiskLog", "DiskState", "Tail", "build_state"]
+__all__ = ["DiskLog", "DiskState", "Names", "Tail", "build_state"]
 
 Tail: TypeAlias = Literal["nothing", "all", "sector", "block", "zeros", "holes"]
 """What is left of bytes that were not synced: none, all, all up to a border of 512 B or 4 KiB, as
 much but with zeros up to the full length, or all with zeros in some blocks."""
 
+Names: TypeAlias = Literal["none", "all", "some", "shuffled"]
+"""Which changes of directories that were not synced are there: none, all, some in their order, or
+some in any order."""
+
+_ORDERS: Final[tuple[Names, ...]] = ("none", "all", "some", "some", "shuffled")
 TAILS: Final[tuple[Tail, ...]] = ("nothing", "all", "sector", "block", "zeros", "holes")
 _SECTOR_NBYTES: Final = 512
 _BLOCK_NBYTES: Final = 4096
@@ -68,7 +73,7 @@ class DiskLog:
     Attributes
     ----------
     marks
-        (place in the log, what was said), in order: see `mark`.
+        (place in the log, what was said), in order: see `mark`. A failed sync says "failed".
     """
 
     def __init__(self, root: str, *, failing_syncs: Collection[int] = ()) -> None:
@@ -90,7 +95,8 @@ class DiskLog:
     def __call__(self, call: SystemCall, perform: Callable[[], object]) -> object:
         """Carry out a system call, and keep it."""
         if call.op == "fsync":
-            return self._sync(call, perform)
+            self._sync(call)  # the disk under the test needs no syncing
+            return None
         result = perform()
         directory, _, base = call.path.rpartition("/")
         if call.op == "write":
@@ -122,10 +128,11 @@ class DiskLog:
     def _change(self, directory: str, change: _Change) -> None:
         self.records.append(_Record("change", directory=directory, change=change))
 
-    def _sync(self, call: SystemCall, perform: Callable[[], object]) -> object:
+    def _sync(self, call: SystemCall) -> None:
         self.syncs += 1
         file = self._names.get(call.path)
         if self.syncs in self._failing_syncs:
+            self.mark("failed")
             if file is not None:
                 self.records.append(_Record("failed", file))
             raise OSError(errno.EIO, "made to fail", call.path)
@@ -133,7 +140,6 @@ class DiskLog:
             self.records.append(_Record("sync_directory", directory=call.path))
         else:
             self.records.append(_Record("sync", file))
-        return None  # the disk under the test needs no syncing
 
 
 @dataclass(slots=True)
@@ -152,21 +158,37 @@ class DiskState:
                 file.write(data)
 
 
-def build_state(log: DiskLog, place: int, rng: random.Random) -> DiskState:
-    """Give a state that the disk may be in if the power fails behind this many records."""
+def build_state(
+    log: DiskLog,
+    place: int,
+    rng: random.Random,
+    *,
+    tail: Tail | None = None,
+    names: Names | None = None,
+) -> DiskState:
+    """Give a state that the disk may be in if the power fails behind this many records.
+
+    Parameters
+    ----------
+    tail, names
+        What is left of bytes and names that were not synced; None: chance decides, sometimes for
+        everything, sometimes for each thing anew.
+    """
     files, synced, pending = _replay(log, place)
-    # Sometimes everything has the same fate, sometimes each thing its own.
-    fate: Tail | None = rng.choice((None, None, *TAILS))
-    order = rng.choice(("none", "all", "some", "some", "shuffled"))
-    names = {d: _apply(synced.get(d, {}), pending.get(d, []), order, rng) for d in _both(log, place)}
-    contents = {n: _survives(file, fate or rng.choice(TAILS), rng) for n, file in files.items()}
+    fate = tail if tail is not None else rng.choice((None, None, *TAILS))
+    order = names if names is not None else rng.choice(_ORDERS)
+    directories = {r.directory for r in log.records[:place] if r.directory}
+    entries = {
+        each: _apply(synced.get(each, {}), pending.get(each, []), order, rng)
+        for each in sorted(directories)
+    }
+    contents = {}
+    for number, file in files.items():
+        kind = fate if fate is not None else rng.choice(TAILS)
+        contents[number] = _survives(file, kind, rng)
     state = DiskState({}, [])
-    _collect(state, log.root, "", names, contents)
+    _collect(state, log.root, "", entries, contents)
     return state
-
-
-def _both(log: DiskLog, place: int) -> list[str]:
-    return sorted({r.directory for r in log.records[:place] if r.directory})
 
 
 def _replay(
@@ -200,7 +222,7 @@ def _change(names: dict[str, int], change: _Change) -> None:
 
 
 def _apply(
-    synced: dict[str, int], pending: list[_Change], order: str, rng: random.Random
+    synced: dict[str, int], pending: list[_Change], order: Names, rng: random.Random
 ) -> dict[str, int]:
     names = dict(synced)
     left = list(pending)

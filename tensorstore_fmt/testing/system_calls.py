@@ -108,17 +108,19 @@ class _StandIn:
             ),
         )
 
-    def unlink(self, path: str, *, dir_fd: int | None = None) -> object:
+    def unlink(self, path: str, *, dir_fd: int | None = None) -> None:
         place = self._place(path, dir_fd)
         if not os.path.lexists(place):
-            return os.unlink(path, dir_fd=dir_fd)
-        return self._call(SystemCall("unlink", place), lambda: os.unlink(path, dir_fd=dir_fd))
+            os.unlink(path, dir_fd=dir_fd)  # raises
+        else:
+            self._call(SystemCall("unlink", place), lambda: os.unlink(path, dir_fd=dir_fd))
 
-    def mkdir(self, path: str, mode: int = 0o777, *, dir_fd: int | None = None) -> object:
+    def mkdir(self, path: str, mode: int = 0o777, *, dir_fd: int | None = None) -> None:
         place = self._place(path, dir_fd)
         if os.path.lexists(place):
-            return os.mkdir(path, mode, dir_fd=dir_fd)
-        return self._call(SystemCall("mkdir", place), lambda: os.mkdir(path, mode, dir_fd=dir_fd))
+            os.mkdir(path, mode, dir_fd=dir_fd)  # raises
+        else:
+            self._call(SystemCall("mkdir", place), lambda: os.mkdir(path, mode, dir_fd=dir_fd))
 
     def makedirs(self, path: str, *, exist_ok: bool = False) -> None:
         if not exist_ok or not os.path.isdir(path):

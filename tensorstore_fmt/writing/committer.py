@@ -71,6 +71,7 @@ class Committer:
         self._wanted_synced = -1
         self._is_stopping = False
         self._is_tainted = False
+        self._failed_syncs = 0
         self._carried: list[tuple[int, list[PendingEntry]]] = []
         self.dropped = 0
         self._thread = threading.Thread(
@@ -125,8 +126,7 @@ class Committer:
             is_stored = self._store(durable=durable)
             is_there = self._commit(taken, is_last=is_last)
             if is_there and is_stored and durable:
-                self._sync()
-                is_synced = True
+                is_synced = self._sync()
         except Exception as error:  # noqa: BLE001 - whatever it is, training goes on; it is counted
             self._failures.note(error)
         with self._changed:
@@ -139,14 +139,17 @@ class Committer:
 
     def _store(self, *, durable: bool) -> bool:
         """Write the payloads that wait; what is lost by a failure is known to its entries."""
+        is_stored = True
         try:
             self._sink.flush(durable=durable)
         except OSError as error:
-            # What was published before, and not synced, cannot be made safe any more.
-            self._is_tainted |= durable and self._committed > self._synced
             self._failures.note(error)
-            return False
-        return not self._is_tainted
+            is_stored = False
+        if self._sink.failed_syncs > self._failed_syncs:
+            self._failed_syncs = self._sink.failed_syncs
+            # What was published before, and not synced, cannot be made safe any more.
+            self._is_tainted |= self._committed > max(self._synced, 0)
+        return is_stored and not self._is_tainted
 
     def _commit(self, taken: Taken, *, is_last: bool) -> bool:
         generation = taken.generation
@@ -173,10 +176,17 @@ class Committer:
         self._pool.committed(generation.number)
         return True
 
-    def _sync(self) -> None:
-        if self._synced < 0:
-            self._storage.sync([layout.RUN_JSON])
-        self._segments.sync()
+    def _sync(self) -> bool:
+        """Sync what is published; what a failed sync was to write is not safe ever after."""
+        try:
+            if self._synced < 0:
+                self._storage.sync([layout.RUN_JSON])
+            self._segments.sync()
+        except OSError as error:
+            self._is_tainted = True
+            self._failures.note(error)
+            return False
+        return True
 
     def _bound_carried(self) -> None:
         """Keep what could not be published within bounds: the oldest goes first."""

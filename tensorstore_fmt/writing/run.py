@@ -555,9 +555,11 @@ class RunWriter:
         StorageFailedError
             With ``on_error="raise"``, if the storage failed.
         """
+        if os.getpid() != self._pid:  # a thread that is not in this process may hold the locks
+            return self._report or self._make_report(0)
         with self._lock:
-            if self._is_closed or os.getpid() != self._pid:
-                return self._report or self._make_report()
+            if self._is_closed:
+                return self._report or self._make_report(self._segments_nbytes())
             self._is_closed = True
         self._committer.close()
         self._pool.stop()
@@ -569,7 +571,7 @@ class RunWriter:
             self._storage.delete([layout.lock_path(self._key)])
         except OSError as error:  # all data is published; what failed only speeds up reading
             self._failures.note(error)
-        self._report = self._make_report()
+        self._report = self._make_report(self._segments_nbytes())
         self._storage.close()
         self._buffers.clear()
         _open_writers.discard(self)
@@ -578,11 +580,14 @@ class RunWriter:
             warnings.warn(f"{self.url}: {self._report}", RuntimeWarning, stacklevel=2)
         return self._report
 
-    def _make_report(self) -> CloseReport:
+    def _segments_nbytes(self) -> int:
+        return sum(s.nbytes for s in self._segments.segments)
+
+    def _make_report(self, segments_nbytes: int) -> CloseReport:
         return CloseReport(
             steps=self._steps,
             raw_nbytes=self._raw_nbytes,
-            stored_nbytes=self._sink.stored_nbytes + sum(s.nbytes for s in self._segments.segments),
+            stored_nbytes=self._sink.stored_nbytes + segments_nbytes,
             dropped=self._committer.dropped,
             failures=self._failures.count,
             stalled_s=self._quota.stalled_s,

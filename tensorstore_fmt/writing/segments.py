@@ -32,6 +32,7 @@ class OwnSegment:
     header: segment.Header
     nbytes: int
     rows: int
+    is_stuck: bool = False  # merging it has failed, and is not tried again
 
     @property
     def name(self) -> layout.SegmentName:
@@ -50,7 +51,11 @@ class OwnSegment:
     @property
     def is_full(self) -> bool:
         """Whether so many of its size would be too large together."""
-        return self.nbytes > _LARGEST_NBYTES // FANOUT or self.rows > _LARGEST_ROWS // FANOUT
+        return (
+            self.is_stuck
+            or self.nbytes > _LARGEST_NBYTES // FANOUT
+            or self.rows > _LARGEST_ROWS // FANOUT
+        )
 
 
 class SegmentLog:
@@ -194,8 +199,7 @@ class SegmentLog:
             with self._lock:
                 tried = {s.name for s in group}
                 self._segments = [
-                    replace(s, nbytes=_LARGEST_NBYTES) if s.name in tried else s
-                    for s in self._segments
+                    replace(s, is_stuck=True) if s.name in tried else s for s in self._segments
                 ]
             return
         merged = OwnSegment(header=header, nbytes=nbytes, rows=rows)
@@ -230,7 +234,8 @@ def _small_head(group: list[OwnSegment]) -> list[OwnSegment]:
 
 def _is_small(group: Sequence[OwnSegment]) -> bool:
     return (
-        sum(s.nbytes for s in group) <= _LARGEST_NBYTES
+        not any(s.is_stuck for s in group)
+        and sum(s.nbytes for s in group) <= _LARGEST_NBYTES
         and sum(s.rows for s in group) <= _LARGEST_ROWS
     )
 

@@ -45,9 +45,11 @@ class ShardSink:
         self._encoder: ShardEncoder | None = None
         self._appender: Appender | None = None
         self._is_named = False  # whether the open shard's name was synced
-        self._unsynced: list[str] = []  # shards that were left without being synced
+        # Shards that were left without being synced, and what of them was not.
+        self._unsynced: list[tuple[str, list[Placed]]] = []
         self._in_shard: list[Placed] = []  # of the open shard, not yet synced
         self.stored_nbytes = 0
+        self.failed_syncs = 0
 
     def add(self, rows: Sequence[tuple[ShardRow, Placed]]) -> None:
         """Take the chunks of one save; may write a batch."""
@@ -116,9 +118,13 @@ class ShardSink:
             self._seal()
 
     def _sync(self) -> None:
-        if self._unsynced:
-            self._storage.sync(self._unsynced)
-            self._unsynced = []
+        left, self._unsynced = self._unsynced, []
+        if left:
+            try:
+                self._storage.sync([path for path, _ in left])
+            except OSError:
+                self._lose([placed for _, part in left for placed in part])
+                raise
         if self._appender is None:
             return
         try:
@@ -127,13 +133,17 @@ class ShardSink:
                 self._storage.sync([self._appender.path])
                 self._is_named = True
         except OSError:
-            # What of it no segment names yet may be gone (spec, "Duties of a writer", 4).
-            for placed in self._in_shard:
-                placed.is_lost = True
-            self._in_shard.clear()
+            self._lose(self._in_shard)
+            self._in_shard = []
             self._drop_shard()
             raise
-        self._in_shard.clear()
+        self._in_shard = []
+
+    def _lose(self, unsynced: Sequence[Placed]) -> None:
+        """What no segment names yet may be gone (spec, "Duties of a writer", 4)."""
+        self.failed_syncs += 1
+        for placed in unsynced:
+            placed.is_lost = True
 
     def _seal(self) -> None:
         if self._appender is not None and self._encoder is not None:
@@ -149,8 +159,8 @@ class ShardSink:
         self._encoder = None
         if self._appender is not None:
             if self._in_shard:
-                self._unsynced.append(self._appender.path)
-                self._in_shard.clear()
+                self._unsynced.append((self._appender.path, self._in_shard))
+                self._in_shard = []
             self._appender.close()
             self._appender = None
 
