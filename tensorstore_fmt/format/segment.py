@@ -237,6 +237,7 @@ def _check_header(header: Header, data: bytes, flags: int, where: str, nbytes: i
         header.root_nbytes > layout.MAX_ROOT_NBYTES
         or header.head_nbytes > layout.MAX_HEAD_NBYTES
         or header.series > layout.MAX_SERIES
+        or header.num_workers > layout.MAX_WORKER + 1
         or header.resume_step > layout.MAX_STEP
         or max(header.complete_through) > layout.MAX_STEP
     ):

@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable
 
 import pytest
-from robustness.fuzz_corpus import RUNS, Corpus, codecs
+from robustness.fuzz_corpus import RUNS, codecs
 from support.mutate import (
     SEED,
     Files,
@@ -35,15 +35,16 @@ BLOCKS = (512, 4096)
 
 # --- D3 -----------------------------------------------------------------------------------
 
-STRIDES = {"live": 1, "by-hand": 19, "parts": 211}
+STRIDES = {"live": 1, "by-hand": 23, "parts": 211}
 OTHER_STRIDE = 53
 
 
 class Cutter:
-    """Cuts files of a run; a shard under an open reader, as opening reads none."""
+    """Cuts files of a run."""
 
     def __init__(self, files: Files, oracle: Oracle) -> None:
         self.files, self.oracle = files, oracle
+        self.irrelevant = irrelevant(files)
 
     def cut(self, path: str, nbytes: int) -> Outcome:
         changed = {**self.files, path: self.files[path][:nbytes]}
@@ -53,7 +54,7 @@ class Cutter:
         """Cut; nothing that is missing may be passed over in silence."""
         outcome = self.cut(path, nbytes)
         gone = range(nbytes, len(self.files[path]))
-        places = irrelevant(self.files).get(path, [])
+        places = self.irrelevant.get(path, [])
         if path.startswith("index/") and layout.BUNDLE not in self.files:
             if not outcome.has_damage and not outcome.is_refused:
                 raise WrongError("a cut segment that nobody reports")
@@ -68,9 +69,7 @@ def test_cut_files_are_refused_or_a_shorter_run_is_announced(name: str) -> None:
     cutter, tally = Cutter(files, oracle), Tally(f"D3 {name}")
     stride = 1 if stretched() > 1 else STRIDES.get(name, OTHER_STRIDE)
     for path, data in files.items():
-        # Of a shard all that counts is how much of which payload is left.
-        step = stride if not path.startswith("shards/") else max(stride, 7 * (stretched() <= 1))
-        for nbytes in range(0, len(data), step):
+        for nbytes in range(0, len(data), stride):
             tally.trial(
                 f"{path} cut at {nbytes}", lambda p=path, n=nbytes: cutter.check(p, n)
             )  # fmt: skip
@@ -199,7 +198,9 @@ def test_stale_segments_put_back_change_nothing() -> None:
             some = {p: rng.choice([d[: len(d) // 2], b"", d + b"x"]) for p, d in some.items()}
         outcome = tally.trial(
             f"{number}: {sorted(some)}",
-            lambda s=some, n=number: examine({**after, **{p: d for p, d in s.items() if p not in after}}, oracle, turn=n),
+            lambda s=some, n=number: examine(
+                {**after, **{p: d for p, d in s.items() if p not in after}}, oracle, turn=n
+            ),
         )
         assert outcome is None or not outcome.is_detected
     tally.finish()
@@ -217,7 +218,9 @@ def test_damaged_merged_segment_is_replaced_by_those_it_covers() -> None:
         for _ in range(rng.randint(1, 3)):
             data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
         cut = bytes(data)[: rng.choice([len(data), len(data), len(data) - 1, 700, 0])]
-        tally.trial(number, lambda c=cut, n=number: examine({**after, **before, big: c}, oracle, turn=n))
+        tally.trial(
+            number, lambda c=cut, n=number: examine({**after, **before, big: c}, oracle, turn=n)
+        )
     tally.finish()
 
 

@@ -27,6 +27,7 @@ from support.mutate import (
     irrelevant,
     may_be_missed,
     payload_ranges,
+    say,
     stretched,
 )
 
@@ -107,7 +108,7 @@ def test_flipped_bits_are_noticed_or_do_not_matter(name: str) -> None:
                 tally.trial(f"{path} byte {offset} bit {bit}", work)
             if not expected:
                 missed[_reason(places, offset)] += 1
-    print(f"\nD2 {name}: bytes that went unnoticed, as they may: {dict(missed)}")
+    say(f"\nD2 {name}: bytes that went unnoticed, as they may: {dict(missed)}")
     tally.finish(most_mib=128)
 
 
@@ -138,7 +139,7 @@ def test_verify_finds_what_readers_need_not_notice(tmp_path: Path) -> None:
         if report.ok:
             is_payload = any(a <= offset < b for a, b in payloads.get(path, []))
             missed.append(f"{path} byte {offset}{' in a payload' if is_payload else ''}")
-    print(f"\nD2 verify missed {missed}")
+    say(f"\nD2 verify missed {missed}")
     # Arrow's own padding and reserved fields are no one's: nothing reads them, nothing covers them.
     assert all(m.startswith(layout.SHARDS_DIR) and "payload" not in m for m in missed), missed
     tally.finish()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from support import crash_scripts
-from support.crash_running import COUNT, quick_folder, run_trials
+from support.crash_running import COUNT, quick_folder, run_trials, tell
 from support.crash_scripts import MODULE, Trial
 
 from tensorstore_fmt.testing.crash import CRASHED, ERRORS, Fault
@@ -19,7 +19,7 @@ from tensorstore_fmt.testing.forks import ChildFailedError, ForkServer
 
 CODECS = ("auto", "none", "zstd") if COUNT >= 3 else ("auto",)
 LIMIT_S = 60.0
-BATCH = 8
+BATCH = 16
 MARGIN = 4  # threads do not come in quite the same order each time
 WRITES = ("publish", "create", "append", "sync", "delete", "lock")
 
@@ -75,7 +75,7 @@ def carry_out(name: str, trials: list[Trial]) -> Counter[str]:
     else:
         batches = [trials[i : i + BATCH] for i in range(0, len(trials), BATCH)]
         wrong = run_trials([MODULE], batches, lambda server, batch: fail(server, batch, met))
-    print(f"{name}: {len(trials)} trials, {dict(met)}, {time.monotonic() - begin:.1f} s")
+    tell(f"{name}: {len(trials)} trials, {dict(met)}, {time.monotonic() - begin:.1f} s")
     assert not wrong, f"{len(wrong)} of {len(trials)} failed; the first:\n" + "\n".join(wrong[:3])
     assert met["not reached"] < len(trials) / 4
     return met
@@ -124,10 +124,11 @@ def failures(calls: list[str], place: Callable[[], str], codec: str) -> list[Tri
         is_write = op in WRITES or COUNT >= 3
         errors = ERRORS if COUNT >= 3 else (ERRORS[k % len(ERRORS)],)
         faults = [Fault(k, "fail", error) for error in errors]
-        if op in ("append", "publish") or COUNT >= 3:
+        if op == "append" or COUNT >= 3:
             faults.append(Fault(k, "short", "ENOSPC"))
         if is_write:
             faults.append(Fault(k, "unknown", "EIO"))
+        if k % 3 == 1 or COUNT >= 3:
             faults.append(Fault(k, "from", ERRORS[k % len(ERRORS)]))
         trials += [Trial(place(), fault, codec) for fault in faults]
     return trials

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support.crash_running import COUNT, new_seed, quick_folder, run_trials
+from support.crash_running import COUNT, new_seed, quick_folder, run_trials, tell
 from support.crash_scripts import MODULE, stream_event
 
 from tensorstore_fmt.testing.forks import Child, ChildFailedError, ForkServer
@@ -63,7 +63,7 @@ def attempt(
     """Start all workers, kill each at a time of its own, and give what they said."""
     children = {}
     for worker in range(job.num_workers):
-        arguments = (job.url, worker, job.num_workers, resume, number)
+        arguments = (job.url, (worker, job.num_workers), resume, number)
         children[worker] = server.start(MODULE, "write_stream", *arguments, timeout_s=LIMIT_S)
     heard: dict[int, dict[str, int]] = {w: {} for w in children}
     threads = [
@@ -123,10 +123,11 @@ def test_killed_at_any_time(folder: Path) -> None:
     met = Met()
     begin = time.monotonic()
     wrong = run_trials([MODULE], jobs, lambda server, job: run_job(server, job, met))
-    print(
+    tell(
         f"C1: {met.kills} kills in {len(jobs)} runs, {several} of them with 4 workers; "
         f"{met.events} steps logged, {met.acknowledged} acknowledged, {met.beyond} seen beyond "
-        f"these, {met.unopened} attempts never began, {met.values} values compared, {time.monotonic() - begin:.1f} s"
+        f"these, {met.unopened} attempts never began, {met.values} values compared, "
+        f"{time.monotonic() - begin:.1f} s"
     )
     assert not wrong, "\n".join(wrong[:3])
     assert met.kills >= 100 * COUNT

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import random
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,10 +21,15 @@ COUNT = float(os.environ.get("TSF_COUNT", "1"))
 """How many times the usual number of trials."""
 
 
+def tell(text: str) -> None:
+    """Print what was done: it is part of a result."""
+    sys.stdout.write(f"{text}\n")
+
+
 def new_seed(name: str) -> int:
     """Give the seed of this test, and print it; ``TSF_SEED`` repeats one."""
     seed = int(os.environ.get("TSF_SEED", random.SystemRandom().randrange(2**32)))
-    print(f"{name}: TSF_SEED={seed} TSF_COUNT={COUNT:g}")
+    tell(f"{name}: TSF_SEED={seed} TSF_COUNT={COUNT:g}")
     return seed
 
 
@@ -45,7 +51,7 @@ def run_trials(
         server = servers.get()
         try:
             work(server, trial)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - all that is wrong is gathered
             return f"{trial}: {error}"
         finally:
             servers.put(server)

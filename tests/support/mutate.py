@@ -11,6 +11,7 @@ import io
 import itertools
 import os
 import resource
+import sys
 import time
 import warnings
 from collections import Counter
@@ -43,6 +44,11 @@ _COUNT: Final = float(os.environ.get("TSF_COUNT", "1"))
 def count(default: int) -> int:
     """Give a number of trials, multiplied by ``TSF_COUNT``."""
     return max(1, round(default * _COUNT))
+
+
+def say(text: str) -> None:
+    """Print seed and counts, which every test of corruption tells."""
+    sys.stdout.write(text + "\n")
 
 
 def stretched() -> float:
@@ -327,9 +333,7 @@ class Tally:
     wrong: list[str] = field(default_factory=list)
     slowest_s: float = 0.0
     begun: float = field(default_factory=time.perf_counter)
-    rss_kib: int = field(
-        default_factory=lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    )
+    rss_kib: int = field(default_factory=lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
     def trial(self, label: object, work: Callable[[], Outcome | None]) -> Outcome | None:
         """Do one; whatever is raised is a failure of the reader."""
@@ -349,7 +353,7 @@ class Tally:
         """Print the counts and assert that nothing went wrong."""
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - self.rss_kib) >> 10
         seconds = time.perf_counter() - self.begun
-        print(
+        say(
             f"\n{self.what}: seed {SEED}, {self.trials} trials, {len(self.wrong)} wrong, "
             f"{dict(self.outcomes)}, {seconds:.1f} s, slowest {self.slowest_s * 1e3:.0f} ms, "
             f"memory grew {grown} MiB"
@@ -416,7 +420,7 @@ _decompressor = zstandard.ZstdDecompressor()
 def wrapped(value: int, dtype: np.dtype[Any]) -> np.ndarray:
     """Give an integer as the bits that a field of the type has for it."""
     bits = (value % (1 << (8 * dtype.itemsize))).to_bytes(dtype.itemsize, "little")
-    return np.frombuffer(bits, dtype)[0]
+    return cast("np.ndarray", np.frombuffer(bits, dtype)[0])
 
 
 class SegmentEditor:

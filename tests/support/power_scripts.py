@@ -16,12 +16,14 @@ from typing import Any
 from support.crash_scripts import OPTIONS, Script, play, settle, values
 
 import tensorstore_fmt as tsf
+from tensorstore_fmt.format import layout
 from tensorstore_fmt.testing.forks import Channel
-from tensorstore_fmt.testing.oracle import Event, Oracle, check_durable
+from tensorstore_fmt.testing.oracle import Event, Oracle, WrongDataError, check_durable
 from tensorstore_fmt.testing.power_loss import DiskLog, build_state
 from tensorstore_fmt.testing.system_calls import intercepted
 from tensorstore_fmt.testing.writers import create_test_run, ticking_clock
 from tensorstore_fmt.upkeep import recover, verify
+from tensorstore_fmt.writing.segments import FANOUT
 
 MODULE = __name__
 
@@ -35,7 +37,9 @@ class Batch:
     failing_syncs
         Which calls of fsync fail while the recording is made.
     upkeep
-        Every how many states `verify`, `recover` and a next writer have their turn too.
+        Every how many states `verify`, `recover` and a next writer have their turn too; 0: never.
+    while_merging
+        Whether the power fails while a merged segment is published, or never then.
     """
 
     folder: str
@@ -43,7 +47,8 @@ class Batch:
     states: int
     resumes: bool = False
     failing_syncs: tuple[int, ...] = ()
-    upkeep: int = 20
+    upkeep: int = 50
+    while_merging: bool = False
 
 
 def power_script(rng: random.Random) -> Script:
@@ -112,18 +117,25 @@ def check_states(channel: Channel, batch: Batch) -> dict[str, int]:
     shutil.rmtree(batch.folder, ignore_errors=True)
     os.makedirs(root)
     log, events = record(root, rng, resumes=batch.resumes, failing_syncs=batch.failing_syncs)
+    merging = _merging(log)
+    places = sorted(merging if batch.while_merging else set(range(len(log) + 1)) - merging)
+    if not places:
+        return {"without a merge": 1}
     met: Counter[str] = Counter(records=len(log), syncs=log.syncs)
     for number in range(batch.states):
-        place = rng.randrange(len(log) + 1) if number % 5 else _behind_mark(log, rng)
-        state = build_state(log, place, rng)
+        place = rng.choice(places)
+        if number % 5 == 0 and not batch.while_merging:
+            place = rng.choice(_promises(log, places) or [len(log)])
+        worst: dict[str, Any] = {"tail": "holes", "names": "all"} if batch.while_merging else {}
+        state = build_state(log, place, rng, **worst)
         folder = f"{batch.folder}/state"
         shutil.rmtree(folder, ignore_errors=True)
         state.write(folder)
-        oracle, logged = _known(log, events, place)
+        known = _known(log, events, place)
         try:
-            met += check_state(f"{folder}/run", oracle, logged)
-            if number % batch.upkeep == 0:
-                met += check_upkeep(f"{folder}/run", oracle, logged)
+            met += check_state(f"{folder}/run", known)
+            if batch.upkeep and number % batch.upkeep == 0:
+                met += check_upkeep(f"{folder}/run", known)
         except Exception as error:
             where = f"{batch}: state {number}, behind record {place} of {len(log)}"
             raise AssertionError(f"{where}\n{traceback.format_exc()}") from error
@@ -132,47 +144,76 @@ def check_states(channel: Channel, batch: Batch) -> dict[str, int]:
     return dict(met)
 
 
-def _behind_mark(log: DiskLog, rng: random.Random) -> int:
-    """Crash at the worst time: just after something was promised."""
-    return rng.choice([place for place, what in log.marks if what[0] == "durable"] or [len(log)])  # type: ignore[index] # as it was marked
+def _merging(log: DiskLog) -> set[int]:
+    """Give the places at which a merged segment has its name, but is not synced."""
+    places: set[int] = set()
+    for at, record in enumerate(log.records):
+        names = [layout.parse_segment_name(base) for base, _ in record.change.new]
+        if not any(name is not None and name.count >= FANOUT for name in names):
+            continue
+        ((_, file),) = record.change.new
+        later = range(at + 1, len(log))
+        synced = (i for i in later if log.records[i].op == "sync" and log.records[i].file == file)
+        places |= set(range(at + 1, next(synced, len(log)) + 1))
+    return places
 
 
-def _known(log: DiskLog, events: list[Event], place: int) -> tuple[Oracle, int]:
+def _promises(log: DiskLog, places: list[int]) -> list[int]:
+    """Give the worst times: just after something was promised."""
+    marks = [place for place, what in log.marks if what != "failed" and what[0] == "durable"]  # type: ignore[index] # as it was marked
+    return sorted(set(marks) & set(places))
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What was said before the power failed: see `check_durable`."""
+
+    oracle: Oracle
+    logged: int
+    undropped: int | None
+
+
+def _known(log: DiskLog, events: list[Event], place: int) -> Known:
     durable = logged = 0
+    undropped: int | None = None
     for at, mark in log.marks:
-        kind, count = mark  # type: ignore[misc] # as it was marked
-        if at <= place and kind == "durable":
-            durable = max(durable, count)
-        if at <= place and kind == "logging":
-            logged = max(logged, count)
-    return Oracle(events, durable), logged
+        if at > place:
+            break
+        if mark == "failed":
+            undropped = durable if undropped is None else undropped
+        elif mark[0] == "durable":  # type: ignore[index] # as it was marked
+            durable = mark[1]  # type: ignore[index] # the same
+        else:
+            logged = mark[1]  # type: ignore[index] # the same
+    return Known(Oracle(events, durable), logged, undropped)
 
 
-def check_state(url: str, oracle: Oracle, logged: int) -> Counter[str]:
+def check_state(url: str, known: Known) -> Counter[str]:
     """Check what a reader shows of a state."""
+    oracle = known.oracle
     try:
         run = tsf.open_run(url)
     except tsf.FormatError as error:
-        assert oracle.acknowledged == 0, f"a durable flush was acknowledged, and {error!r}"
+        if oracle.acknowledged:
+            raise WrongDataError("a durable flush was acknowledged") from error
         return Counter(unopened=1)
     with run:
-        is_damaged = bool(run.damage)
         return Counter(
-            values=check_durable(run, oracle, logged),
+            values=check_durable(run, oracle, known.logged, undropped=known.undropped),
             acknowledged=len(oracle.state(oracle.acknowledged)),
-            damaged=is_damaged,
+            damaged=bool(run.damage),
         )
 
 
-def check_upkeep(url: str, oracle: Oracle, logged: int) -> Counter[str]:
+def check_upkeep(url: str, known: Known) -> Counter[str]:
     """Let `verify` and `recover` see a state, and a next writer go on."""
     try:
         found = verify(url)
     except tsf.FormatError:
-        assert oracle.acknowledged == 0
+        assert known.oracle.acknowledged == 0
         return Counter(unverified=1)
     recover(url)
-    met = check_state(url, oracle, logged)
+    met = check_state(url, known)
     run = create_test_run(url, resume_from=1000, new_id=itertools.count(7000).__next__, **OPTIONS)
     event = Event(1000, values(1000, 3))
     run.log(event.values, step=1000)
@@ -182,11 +223,11 @@ def check_upkeep(url: str, oracle: Oracle, logged: int) -> Counter[str]:
         after = Oracle([event], 1)
         for key, number in after.state(1).items():
             assert reader.state(key[0], 1000) == "here", (key, number)
-        check_durable_of(reader, oracle, event)
+        check_beside(reader, known.oracle, event)
     return Counter(recovered=1, verified_damage=not found.ok, after=met["values"])
 
 
-def check_durable_of(reader: tsf.Run, oracle: Oracle, event: Event) -> None:
+def check_beside(reader: tsf.Run, oracle: Oracle, event: Event) -> None:
     """Check that all that was acknowledged is still there beside a later event."""
     both = Oracle([*oracle.events[: oracle.acknowledged], event], oracle.acknowledged)
     later = {key for e in oracle.events[oracle.acknowledged :] for key in e.keys}
