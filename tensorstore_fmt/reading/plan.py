@@ -10,10 +10,13 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from tensorstore_fmt.errors import FormatError
+from tensorstore_fmt.format.grid import n_chunks
 from tensorstore_fmt.reading.selection import Axis, Selection
 
 __all__ = ["Merged", "Touched", "merge_ranges", "touched_chunks"]
 
+_MOST_CHUNKS: Final = 2**32  # an entry's number of a chunk has 32 bits
 _MOST_WASTE: Final = 0.2  # bytes in gaps, per byte that is needed
 
 _I64 = NDArray[np.int64]
@@ -63,6 +66,10 @@ def touched_chunks(selection: Selection, shape: tuple[int, ...], grid: tuple[int
     if 0 in selection.counts:
         none = np.empty(0, np.int64)
         return Touched(none, none, (), (), (), ())
+    if n_chunks(shape, grid) > _MOST_CHUNKS:  # before their numbers wrap
+        raise FormatError(
+            f"a tensor of shape {shape} in chunks of {grid} has more chunks than can be numbered"
+        )
     axes = [_along(axis, n, g or n) for axis, n, g in zip(selection.axes, shape, grid, strict=True)]
     numbers = np.zeros(1, np.int64)
     sizes = np.ones(1, np.int64)

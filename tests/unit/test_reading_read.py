@@ -557,3 +557,12 @@ def test_view_is_the_file_itself(build: RunBuilder) -> None:
         with pytest.raises(ArgumentError) as caught:
             t.view(step=step)
         assert caught.value.code == "no_view"
+
+
+def test_more_chunks_than_can_be_numbered(build: RunBuilder) -> None:
+    build.writer().flush(
+        Put(name="x", value=np.zeros((1, 1)), shape=(2**48, 2**48), grid=(1, 1), skip_chunks=[])
+    )
+    with pytest.raises(FormatError) as caught:
+        open_run(build.url)["x"].read(step=0, index=np.s_[2**16, 0])
+    assert caught.value.code == "malformed"
