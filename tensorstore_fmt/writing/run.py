@@ -567,9 +567,12 @@ class RunWriter:
         self._segments.stop()
         try:
             closing.finish(self._storage, self._joined.info.run_id, self._segments)
+        except OSError as error:  # all data is published; what failed only speeds up reading
+            self._failures.note(error)
+        try:
             self._os_lock.release()
             self._storage.delete([layout.lock_path(self._key)])
-        except OSError as error:  # all data is published; what failed only speeds up reading
+        except OSError as error:  # the lock went with the process's last hold on it
             self._failures.note(error)
         self._report = self._make_report(self._segments_nbytes())
         self._storage.close()

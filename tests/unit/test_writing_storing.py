@@ -314,3 +314,14 @@ def test_a_failed_sync_abandons_the_shard(tmp_path: Path, earlier: bool) -> None
     assert reader.state("w", 102 if earlier else 2) == "dropped"
     for step in (1, *([2] if earlier else []), 3, 4, 5, 6):
         assert (reader["w"].read(step=step) == data * step).all()
+
+
+def test_the_lock_goes_also_if_the_bundle_cannot_be_written(tmp_path: Path) -> None:
+    fails = Fails("publish", "index.bundle", 1, 1, errno.ENOSPC)
+    storage = FaultyStorage(open_storage(tmp_path / "run", writable=True), fails)
+    run = create_test_run(storage, on_error="warn")
+    run.log({"loss": 1.0}, step=0)
+    with pytest.warns(RuntimeWarning, match="writing failed"):
+        run.close()
+    assert not list((tmp_path / "run" / "locks").iterdir())
+    assert tsf.open_run(tmp_path / "run").is_closed
