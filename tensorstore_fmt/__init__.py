@@ -44,7 +44,8 @@ if TYPE_CHECKING:
     from tensorstore_fmt.reading.run import Run, open_run
     from tensorstore_fmt.reading.tensor import Tensor
     from tensorstore_fmt.upkeep import compact, recover, verify
-    from tensorstore_fmt.writing.run import CloseReport, RunWriter, create_run
+    from tensorstore_fmt.writing.report import CloseReport
+    from tensorstore_fmt.writing.run import RunWriter, create_run
     from tensorstore_fmt.writing.staging import Part
 
 __all__ = [
@@ -82,7 +83,7 @@ __all__ = [
 ]
 
 _PLACES = {
-    "CloseReport": "writing.run",
+    "CloseReport": "writing.report",
     "Part": "writing.staging",
     "Run": "reading.run",
     "RunWriter": "writing.run",

@@ -11,7 +11,6 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self
 
@@ -35,52 +34,13 @@ from tensorstore_fmt.writing.options import (
 )
 from tensorstore_fmt.writing.pending import Generation, Save
 from tensorstore_fmt.writing.quota import Quota
+from tensorstore_fmt.writing.report import CloseReport
 from tensorstore_fmt.writing.segments import SegmentLog
 from tensorstore_fmt.writing.series import Kept
 from tensorstore_fmt.writing.shards import ShardSink
-from tensorstore_fmt.writing.staging import Part, Staging, Tensor, flatten
+from tensorstore_fmt.writing.staging import Part, Staging, Tensor, check_box, check_part, flatten
 
-__all__ = ["CloseReport", "RunWriter", "create_run"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CloseReport:
-    """What a writer did, as `RunWriter.close` gives it.
-
-    Attributes
-    ----------
-    steps
-        Steps logged, over all modes.
-    raw_nbytes, stored_nbytes
-        Bytes logged, and bytes written for them into shards and segments.
-    dropped
-        Tensors that had to be dropped; each is recorded as dropped in the run.
-    failures
-        Storage failures met, also those that a retry mended.
-    stalled_s, log_s
-        Time `log` waited because the queue was full, and all time spent in `log`.
-    """
-
-    steps: int
-    raw_nbytes: int
-    stored_nbytes: int
-    dropped: int
-    failures: int
-    stalled_s: float
-    log_s: float
-
-    def __str__(self) -> str:
-        ratio = self.raw_nbytes / self.stored_nbytes if self.stored_nbytes else 1.0
-        text = (
-            f"{self.steps:,} steps, {self.raw_nbytes / 1e6:,.1f} MB logged, "
-            f"{self.stored_nbytes / 1e6:,.1f} MB stored (ratio {ratio:.2f}), "
-            f"{self.log_s:.2f} s spent in log"
-        )
-        if self.stalled_s >= 0.01:
-            text += f", {self.stalled_s:.2f} s of it waiting for the storage"
-        if self.dropped or self.failures:
-            text += f"; {self.dropped:,} tensors DROPPED, {self.failures:,} storage failures"
-        return text
+__all__ = ["RunWriter", "create_run", "open_writer"]
 
 
 def create_run(
@@ -438,7 +398,7 @@ class RunWriter:
                 check_name(name)
                 given = value
                 if isinstance(value, Part):
-                    global_shape, origin = _check_part(name, value)
+                    global_shape, origin = check_part(name, value)
                     given = value.value
                 size = getattr(given, "nbytes", 0)
                 nbytes = size if isinstance(size, int) and size > layout.INLINE_STEP_NBYTES else 0
@@ -447,7 +407,7 @@ class RunWriter:
                 shot = snapshot(name, given, empty=self._buffers.empty)
                 tensor = Tensor(name, shot, global_shape, origin)
                 if global_shape:
-                    _check_box(tensor)
+                    check_box(tensor)
                 kept, raw_nbytes = self._staging.plan(tensor, mode)
                 queued = raw_nbytes if kept.storing != "inline" and is_taken else 0
                 if queued != nbytes and is_taken:  # what the value said of itself was a guess
@@ -607,31 +567,6 @@ class RunWriter:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _check_part(name: str, part: Part) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    shape, origin = tuple(part.global_shape), tuple(part.origin)
-    for what, values in (("global_shape", shape), ("origin", origin)):
-        if not all(hasattr(n, "__index__") and 0 <= n <= layout.MAX_AXIS for n in values):
-            raise ArgumentError(f"{name!r}: {what} {values} is not a tuple of integers from 0")
-    if len(shape) != len(origin) or not shape:
-        raise ArgumentError(
-            f"{name!r}: global_shape {shape} and origin {origin} need one number for each axis, "
-            "and at least one axis"
-        )
-    return shape, origin
-
-
-def _check_box(tensor: Tensor) -> None:
-    shape = tensor.snapshot.array.shape
-    if len(shape) != len(tensor.global_shape) or any(
-        o + n > g for o, n, g in zip(tensor.origin, shape, tensor.global_shape, strict=True)
-    ):
-        raise ArgumentError(
-            f"{tensor.name!r}: a part of shape {shape} at {tensor.origin} does not lie in "
-            f"{tensor.global_shape}",
-            name=tensor.name,
-        )
 
 
 _open_writers: weakref.WeakSet[RunWriter] = weakref.WeakSet()

@@ -17,7 +17,7 @@ from tensorstore_fmt.writing.options import WriterOptions
 from tensorstore_fmt.writing.pending import Generation, InlineStage, JoinedStage, Save
 from tensorstore_fmt.writing.series import Group, Kept, SeriesBook
 
-__all__ = ["Part", "Staging", "Tensor"]
+__all__ = ["Part", "Staging", "Tensor", "check_box", "check_part", "flatten"]
 
 _MAX_JOINED_STEPS: Final = 1024
 
@@ -201,3 +201,30 @@ def flatten(data: Mapping[str, object], prefix: str = "") -> list[tuple[str, obj
         else:
             items.append((prefix + name if prefix else name, value))
     return items
+
+
+def check_part(name: str, part: Part) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Give global shape and origin of a part as tuples, or refuse them."""
+    shape, origin = tuple(part.global_shape), tuple(part.origin)
+    for what, values in (("global_shape", shape), ("origin", origin)):
+        if not all(hasattr(n, "__index__") and 0 <= n <= layout.MAX_AXIS for n in values):
+            raise ArgumentError(f"{name!r}: {what} {values} is not a tuple of integers from 0")
+    if len(shape) != len(origin) or not shape:
+        raise ArgumentError(
+            f"{name!r}: global_shape {shape} and origin {origin} need one number for each axis, "
+            "and at least one axis"
+        )
+    return shape, origin
+
+
+def check_box(tensor: Tensor) -> None:
+    """Refuse a part that does not lie in its global tensor."""
+    shape = tensor.snapshot.array.shape
+    if len(shape) != len(tensor.global_shape) or any(
+        o + n > g for o, n, g in zip(tensor.origin, shape, tensor.global_shape, strict=True)
+    ):
+        raise ArgumentError(
+            f"{tensor.name!r}: a part of shape {shape} at {tensor.origin} does not lie in "
+            f"{tensor.global_shape}",
+            name=tensor.name,
+        )
