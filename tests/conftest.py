@@ -9,6 +9,8 @@ import pytest
 
 from tensorstore_fmt.testing.storage import S3Server, serve_s3
 
+pytest_plugins = ["support.goals"]
+
 
 @pytest.fixture(scope="session")
 def s3() -> Iterator[S3Server]:

@@ -34,7 +34,6 @@ from support.mutate import (
     mended_bundle,
     opened,
     run_json,
-    say,
     wrapped,
 )
 
@@ -441,7 +440,7 @@ def main() -> int:
         while done < arguments.count and time.monotonic() < deadline:
             fuzzer.one(done)
             done += 1
-    say(json.dumps(fuzzer.report(), indent=1))
+    sys.stdout.write(json.dumps(fuzzer.report(), indent=1) + "\n")
     return 1 if fuzzer.failures else 0
 
 

@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import pytest
 from robustness.fuzz_corpus import RUNS, codecs
+from support.goals import COUNT, SEED, trials
 from support.mutate import (
-    SEED,
     Files,
     MemoryStorage,
     Oracle,
@@ -19,11 +19,9 @@ from support.mutate import (
     Tally,
     WrongError,
     ask_all,
-    count,
     examine,
     irrelevant,
     may_be_missed,
-    stretched,
 )
 
 from tensorstore_fmt.format import layout
@@ -68,9 +66,9 @@ class Cutter:
 def test_cut_files_are_refused_or_a_shorter_run_is_announced(name: str) -> None:
     files, oracle = RUNS[name]()
     cutter, tally = Cutter(files, oracle), Tally(f"D3 {name}")
-    stride = 1 if stretched() > 1 else STRIDES.get(name, OTHER_STRIDE)
+    stride = 1 if COUNT > 1 else STRIDES.get(name, OTHER_STRIDE)
     for path, data in files.items():
-        is_shard = path.startswith("shards/") and stretched() <= 1
+        is_shard = path.startswith("shards/") and COUNT <= 1
         for nbytes in range(0, len(data), max(stride, SHARD_STRIDE) if is_shard else stride):
             tally.trial(
                 f"{path} cut at {nbytes}", lambda p=path, n=nbytes: cutter.check(p, n)
@@ -175,7 +173,7 @@ OPERATIONS: list[Callable[[random.Random, Files, str], Files]] = [
 def test_blocks_and_whole_files() -> None:
     rng, tally = random.Random(SEED), Tally("D4")
     runs = {name: make() for name, make in RUNS.items()}
-    for number in range(count(1000)):
+    for number in range(trials(1000)):
         name = rng.choice(list(runs))
         files, oracle = runs[name]
         path = rng.choice([p for p in files if not p.startswith("locks/")])
@@ -194,7 +192,7 @@ def test_stale_segments_put_back_change_nothing() -> None:
     tally = Tally("D4 stale")
     assert not set(before) <= set(after)
     rng = random.Random(SEED)
-    for number in range(count(60)):
+    for number in range(trials(60)):
         some = {p: before[p] for p in rng.sample(sorted(before), rng.randint(1, len(before)))}
         if rng.random() < 0.5:
             some = {p: rng.choice([d[: len(d) // 2], b"", d + b"x"]) for p, d in some.items()}
@@ -215,7 +213,7 @@ def test_damaged_merged_segment_is_replaced_by_those_it_covers() -> None:
     (big,) = [p for p in after if p.startswith("index/") and p not in before]
     tally = Tally("D4 covered")
     rng = random.Random(SEED)
-    for number in range(count(60)):
+    for number in range(trials(60)):
         data = bytearray(after[big])
         for _ in range(rng.randint(1, 3)):
             data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
@@ -244,7 +242,7 @@ def _compacted(files: Files) -> Files:
 def test_open_reader_meets_damage_later() -> None:
     """Files change under a reader that is open: it refreshes, reads on, and gives nothing wrong."""
     rng, tally = random.Random(SEED), Tally("D4 under an open reader")
-    for number in range(count(100)):
+    for number in range(trials(100)):
         files, oracle = RUNS[rng.choice(["live", "by-hand"])]()
         storage = MemoryStorage(files)
         run = Run(Session("memory://run", None, storage=storage))

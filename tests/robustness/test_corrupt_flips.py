@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from robustness.fuzz_corpus import RUNS, codecs, copied
+from support.goals import COUNT, SEED, record, trials
 from support.mutate import (
-    SEED,
     Files,
     MemoryStorage,
     Oracle,
@@ -22,13 +22,10 @@ from support.mutate import (
     Tally,
     WrongError,
     ask_all,
-    count,
     examine,
     irrelevant,
     may_be_missed,
     payload_ranges,
-    say,
-    stretched,
 )
 
 from tensorstore_fmt.format import layout
@@ -48,14 +45,14 @@ UNNOTICED_STRIDE = 5
 
 def bits(offset: int) -> list[int]:
     """Give which bits of a byte to flip: one, by its position, or more in a long run."""
-    n = min(8, max(1, round(stretched())))
+    n = min(8, trials(1))
     return [(offset * 5 + 3 * SEED + 3 + i) % 8 for i in range(n)]
 
 
 def offsets(run: str, path: str, nbytes: int) -> range:
     """Give the bytes of a file that are flipped."""
     stride = STRIDES.get((run, path.partition("/")[0]), OTHER_STRIDE)
-    return range(0, nbytes, 1 if stretched() > 1 else stride)
+    return range(0, nbytes, 1 if COUNT > 1 else stride)
 
 
 def flipped(data: bytes, offset: int, bit: int) -> bytes:
@@ -72,7 +69,7 @@ class Examiner:
 
     def flip(self, path: str, offset: int, bit: int) -> Outcome:
         """Damage one bit, and read all."""
-        turn = None if stretched() > 1 else offset
+        turn = None if COUNT > 1 else offset
         changed = flipped(self.files[path], offset, bit)
         if not path.startswith("shards/"):
             return examine({**self.files, path: changed}, self.oracle, turn=turn)
@@ -95,7 +92,7 @@ def test_flipped_bits_are_noticed_or_do_not_matter(name: str) -> None:
         places = irrelevant(files).get(path, [])
         for offset in offsets(name, path, len(data)):
             expected = not may_be_missed(places, offset)
-            if not expected and offset % UNNOTICED_STRIDE and stretched() <= 1:
+            if not expected and offset % UNNOTICED_STRIDE and COUNT <= 1:
                 continue
             for bit in bits(offset):
 
@@ -108,7 +105,7 @@ def test_flipped_bits_are_noticed_or_do_not_matter(name: str) -> None:
                 tally.trial(f"{path} byte {offset} bit {bit}", work)
             if not expected:
                 missed[_reason(places, offset)] += 1
-    say(f"\nD2 {name}: bytes that went unnoticed, as they may: {dict(missed)}")
+    record(f"D2 {name}", tally.trials, unnoticed_as_they_may=dict(missed))
     tally.finish(most_mib=128)
 
 
@@ -122,7 +119,7 @@ def verified_bytes(files: Files) -> Iterator[tuple[str, int]]:
     for path, data in files.items():
         if path.startswith("locks/"):
             continue
-        for offset in rng.integers(0, len(data), count(2)).tolist():
+        for offset in rng.integers(0, len(data), trials(2)).tolist():
             yield path, offset
 
 
@@ -139,7 +136,7 @@ def test_verify_finds_what_readers_need_not_notice(tmp_path: Path) -> None:
         if report.ok:
             is_payload = any(a <= offset < b for a, b in payloads.get(path, []))
             missed.append(f"{path} byte {offset}{' in a payload' if is_payload else ''}")
-    say(f"\nD2 verify missed {missed}")
+    record("D2 verify", tally.trials, missed=missed)
     # Arrow's own padding and reserved fields are no one's: nothing reads them, nothing covers them.
     assert all(m.startswith(layout.SHARDS_DIR) and "payload" not in m for m in missed), missed
     tally.finish()

@@ -8,13 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from support.mutate import SEED, say, stretched
+from support.goals import COUNT, SEED, record
 
 TESTS = Path(__file__).resolve().parents[1]
 
 
 def test_fuzz(tmp_path: Path) -> None:
-    note, seconds = tmp_path / "note", 12 * stretched()
+    note, seconds = tmp_path / "note", 12 * COUNT
     places = os.pathsep.join([str(TESTS.parent), str(TESTS)])
     done = subprocess.run(
         [
@@ -30,7 +30,8 @@ def test_fuzz(tmp_path: Path) -> None:
     last = note.read_text().strip()
     assert done.returncode in (0, 1), f"ended at input {last}: {done.stderr[-2000:]}"
     report = json.loads(done.stdout)
-    say(f"\nD5: {json.dumps(report)}")
+    inputs = report.pop("inputs")
+    record("D5", inputs, **report)
     assert not report["failures"], "\n".join(report["failures"])
-    assert report["inputs"] > 200
+    assert inputs > 200
     assert report["max_rss_mib"] < 3000

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -11,8 +10,9 @@ from pathlib import Path
 
 import pytest
 from support import crash_scripts
-from support.crash_running import COUNT, quick_folder, run_trials, tell
+from support.crash_running import quick_folder, run_trials
 from support.crash_scripts import MODULE, Trial
+from support.goals import COUNT, record
 
 from tensorstore_fmt.testing.crash import CRASHED, ERRORS, Fault
 from tensorstore_fmt.testing.forks import ChildFailedError, ForkServer
@@ -68,14 +68,13 @@ def fail(server: ForkServer, trials: Sequence[Trial], met: Counter[str]) -> None
 
 
 def carry_out(name: str, trials: list[Trial]) -> Counter[str]:
-    begin = time.monotonic()
     met: Counter[str] = Counter()
     if trials[0].crashes:
         wrong = run_trials([MODULE], trials, lambda server, trial: crash(server, trial, met))
     else:
         batches = [trials[i : i + BATCH] for i in range(0, len(trials), BATCH)]
         wrong = run_trials([MODULE], batches, lambda server, batch: fail(server, batch, met))
-    tell(f"{name}: {len(trials)} trials, {dict(met)}, {time.monotonic() - begin:.1f} s")
+    record(name, len(trials), **met, wrong=len(wrong))
     assert not wrong, f"{len(wrong)} of {len(trials)} failed; the first:\n" + "\n".join(wrong[:3])
     assert met["not reached"] < len(trials) / 4
     return met

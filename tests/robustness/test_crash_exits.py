@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 from support import exit_scripts
-from support.crash_running import COUNT, new_seed, quick_folder, run_trials, tell
+from support.crash_running import quick_folder, run_trials, tell
 from support.exit_scripts import MODULE
+from support.goals import COUNT, SEED, trials
 
 import tensorstore_fmt as tsf
 from tensorstore_fmt.testing.forks import ForkServer
@@ -24,7 +25,7 @@ from tensorstore_fmt.testing.oracle import Event, Oracle, Seen, check_run
 
 LIMIT_S = 40.0
 HANG_S = 5.0
-REPEATS = max(1, round(COUNT))
+REPEATS = trials(1)
 
 
 @pytest.fixture
@@ -88,7 +89,7 @@ def check(url: Path, ended: Ended, *, least: str) -> Seen:
 
 @pytest.mark.parametrize("repeat", range(REPEATS))
 def test_sigterm_ends_the_program_at_once(folder: Path, repeat: int) -> None:
-    rng = random.Random(new_seed("C7 SIGTERM") + repeat)
+    rng = random.Random(SEED + repeat)
     ended = signalled("loop", folder / "run", signal.SIGTERM, rng.random() * 0.4)
     assert ended.status == -signal.SIGTERM
     check(folder / "run", ended, least="acknowledged")
@@ -96,7 +97,7 @@ def test_sigterm_ends_the_program_at_once(folder: Path, repeat: int) -> None:
 
 @pytest.mark.parametrize("repeat", range(REPEATS))
 def test_sigterm_that_exits_closes_the_run(folder: Path, repeat: int) -> None:
-    rng = random.Random(new_seed("C7 SIGTERM with exit") + repeat)
+    rng = random.Random(SEED + repeat)
     ended = signalled("exit_on_sigterm", folder / "run", signal.SIGTERM, 0.1 + rng.random() * 0.3)
     assert ended.status == 3, ended.errors
     check_interrupted(folder / "run", ended)
@@ -105,7 +106,7 @@ def test_sigterm_that_exits_closes_the_run(folder: Path, repeat: int) -> None:
 @pytest.mark.parametrize("repeat", range(REPEATS))
 @pytest.mark.parametrize("name", ["loop", "loop_without_close"])
 def test_ctrl_c(folder: Path, name: str, repeat: int) -> None:
-    rng = random.Random(new_seed("C7 Ctrl-C") + repeat)
+    rng = random.Random(SEED + repeat)
     ended = signalled(name, folder / "run", signal.SIGINT, 0.1 + rng.random() * 0.3)
     assert "KeyboardInterrupt" in ended.errors
     check_interrupted(folder / "run", ended)

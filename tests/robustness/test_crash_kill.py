@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support.crash_running import COUNT, new_seed, quick_folder, run_trials, tell
+from support.crash_running import quick_folder, run_trials
 from support.crash_scripts import MODULE, stream_event
+from support.goals import COUNT, SEED, record, trials
 
 from tensorstore_fmt.testing.forks import Child, ChildFailedError, ForkServer
 from tensorstore_fmt.testing.oracle import Oracle
@@ -115,19 +116,23 @@ def run_job(server: ForkServer, job: Job, met: Met) -> None:
 
 
 def test_killed_at_any_time(folder: Path) -> None:
-    seed = new_seed("C1")
-    rng = random.Random(seed)
-    single, several = max(1, round(6 * COUNT)), max(1, round(1 * COUNT))
+    rng = random.Random(SEED)
+    single, several = trials(6), trials(1)
     workers = [1] * single + [4] * several
     jobs = [Job(f"{folder}/run-{i}", n, rng.randrange(2**32)) for i, n in enumerate(workers)]
     met = Met()
-    begin = time.monotonic()
     wrong = run_trials([MODULE], jobs, lambda server, job: run_job(server, job, met))
-    tell(
-        f"C1: {met.kills} kills in {len(jobs)} runs, {several} of them with 4 workers; "
-        f"{met.events} steps logged, {met.acknowledged} acknowledged, {met.beyond} seen beyond "
-        f"these, {met.unopened} attempts never began, {met.values} values compared, "
-        f"{time.monotonic() - begin:.1f} s"
+    record(
+        "C1",
+        met.kills,
+        runs=len(jobs),
+        runs_of_4_workers=several,
+        logged=met.events,
+        acknowledged=met.acknowledged,
+        seen_beyond=met.beyond,
+        never_began=met.unopened,
+        values_compared=met.values,
+        wrong=len(wrong),
     )
     assert not wrong, "\n".join(wrong[:3])
     assert met.kills >= 100 * COUNT

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.crash_running import COUNT, new_seed, quick_folder, run_trials, tell
+from support.crash_running import quick_folder, run_trials
+from support.goals import COUNT, SEED, record, trials
 from support.power_scripts import MODULE, Batch
 
 from tensorstore_fmt.testing.forks import ForkServer
@@ -30,18 +30,17 @@ def carry_out(name: str, batches: list[Batch]) -> Counter[str]:
     def one(server: ForkServer, batch: Batch) -> None:
         met.update(server.call(MODULE, "check_states", batch, timeout_s=LIMIT_S))
 
-    begin = time.monotonic()
     wrong = run_trials([MODULE], batches, one)
-    tell(f"{name}: {dict(met)}, {time.monotonic() - begin:.1f} s")
+    record(name, met["states"], **{k: n for k, n in met.items() if k != "states"}, wrong=len(wrong))
     assert not wrong, f"{len(wrong)} of {len(batches)} recordings; the first:\n{wrong[0]}"
     return met
 
 
 def test_power_loss(folder: Path) -> None:
-    rng = random.Random(new_seed("C3"))
+    rng = random.Random(SEED)
     batches = [
         Batch(f"{folder}/{i}", rng.randrange(2**32), STATES, resumes=i % 3 == 0)
-        for i in range(max(1, round(20 * COUNT)))
+        for i in range(trials(20))
     ]
     met = carry_out("C3 power loss", batches)
     assert met["states"] >= 1000 * COUNT
@@ -55,19 +54,18 @@ def test_power_loss(folder: Path) -> None:
     "covered segments, still there and synced, hold",
 )
 def test_power_loss_while_a_merged_segment_is_published(folder: Path) -> None:
-    tell("C3, merging: seeds 0 to 3")
     batches = [
-        Batch(f"{folder}/merging-{seed}", seed, round(40 * COUNT), upkeep=0, while_merging=True)
+        Batch(f"{folder}/merging-{seed}", seed, trials(40), upkeep=0, while_merging=True)
         for seed in range(4)
     ]
     carry_out("C3 power loss while merging", batches)
 
 
 def test_power_loss_after_a_failed_sync(folder: Path) -> None:
-    rng = random.Random(new_seed("C3, failed syncs"))
+    rng = random.Random(SEED)
     batches = [
         Batch(f"{folder}/{k}-{i}", rng.randrange(2**32), 8, failing_syncs=(k,), upkeep=0)
-        for i in range(max(1, round(COUNT)))
+        for i in range(trials(1))
         for k in range(1, 25)
     ]
     met = carry_out("C3 power loss after a failed sync", batches)

@@ -24,7 +24,8 @@ import zstandard
 from robustness.fuzz_corpus import by_hand
 from robustness.fuzz_format import limit_memory
 from support.build_run import Put, RunBuilder
-from support.mutate import Files, SegmentEditor, opened, run_json, save, say
+from support.goals import record
+from support.mutate import Files, SegmentEditor, opened, run_json, save
 
 import tensorstore_fmt as tsf
 from tensorstore_fmt.errors import TensorStoreError
@@ -148,10 +149,8 @@ def many_series() -> None:
         Series(name="x", kind=0, mode=0, dtype="int8", shape=(1,), grid=(i + 1,)) for i in range(n)
     ]
     files = _of_series(series)
-    begin = time.perf_counter()
     run = opened(files)
     assert len(run) == 1
-    say(f"many series: {sum(map(len, files.values())):,} B, {time.perf_counter() - begin:.1f} s")
 
 
 def many_names() -> None:
@@ -263,7 +262,7 @@ def test_bombs_stay_small() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     *cases, own = json.loads(done.stdout.splitlines()[-1])
-    say(f"\nH1 bombs: {done.stdout}")
+    record("H2", len(cases), cases=cases, **own)
     assert own["self_rss_mib"] < 400
     for case in cases:
         assert case["status"] == 0, f"{case}: {done.stderr[-3000:]}"

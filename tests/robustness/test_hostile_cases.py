@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 from robustness.fuzz_corpus import by_hand, codecs
 from robustness.fuzz_format import KNOWN, KNOWN_WORKERS, limit_memory, use
+from support.goals import record
 from support.mutate import (
     NUMBERS_OF_HEADER,
     NUMBERS_OF_ROOT,
@@ -26,7 +27,6 @@ from support.mutate import (
     SegmentEditor,
     mended_bundle,
     run_json,
-    say,
 )
 
 from tensorstore_fmt.format import layout
@@ -285,7 +285,7 @@ def test_hostile_runs_give_values_or_typed_errors() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout.splitlines()[-1])
-    say(f"\nH1-H4: {json.dumps(report)}")
+    record("H1-H4", report["cases"], **{k: v for k, v in report.items() if k != "cases"})
     assert report["cases"] >= 300
     assert not report["failures"], "\n".join(report["failures"][:20])
     assert report["slowest"][0] < 30

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import queue
-import random
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -17,20 +16,10 @@ from tensorstore_fmt.testing.forks import ForkServer
 
 T = TypeVar("T")
 
-COUNT = float(os.environ.get("TSF_COUNT", "1"))
-"""How many times the usual number of trials."""
-
 
 def tell(text: str) -> None:
-    """Print what was done: it is part of a result."""
+    """Print what was done: it helps where it failed."""
     sys.stdout.write(f"{text}\n")
-
-
-def new_seed(name: str) -> int:
-    """Give the seed of this test, and print it; ``TSF_SEED`` repeats one."""
-    seed = int(os.environ.get("TSF_SEED", random.SystemRandom().randrange(2**32)))
-    tell(f"{name}: TSF_SEED={seed} TSF_COUNT={COUNT:g}")
-    return seed
 
 
 @contextmanager

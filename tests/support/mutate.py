@@ -1,17 +1,11 @@
-"""Damage and hostility for runs in memory: storage, oracle, editor of segments, counts.
-
-``TSF_COUNT`` multiplies how many trials the tests of corruption make (default 1), ``TSF_SEED``
-is where their generators begin (default 0).
-"""
+"""Damage and hostility for runs in memory: storage, oracle, editor of segments, counts."""
 
 from __future__ import annotations
 
 import copy
 import io
 import itertools
-import os
 import resource
-import sys
 import time
 import warnings
 from collections import Counter
@@ -24,6 +18,7 @@ import crc32c
 import numpy as np
 import pyarrow as pa
 import zstandard
+from support.goals import record
 
 from tensorstore_fmt.errors import NotThereError, TensorStoreError, TruncatedError
 from tensorstore_fmt.format import layout
@@ -36,25 +31,6 @@ T = TypeVar("T")
 
 Files = dict[str, bytes]
 """The files of a run: path relative to it, and the bytes."""
-
-SEED: Final = int(os.environ.get("TSF_SEED", "0"))
-_COUNT: Final = float(os.environ.get("TSF_COUNT", "1"))
-
-
-def count(default: int) -> int:
-    """Give a number of trials, multiplied by ``TSF_COUNT``."""
-    return max(1, round(default * _COUNT))
-
-
-def say(text: str) -> None:
-    """Print seed and counts, which every test of corruption tells."""
-    sys.stdout.write(text + "\n")
-
-
-def stretched() -> float:
-    """Give ``TSF_COUNT``."""
-    return _COUNT
-
 
 # --- runs in memory -------------------------------------------------------------------
 
@@ -332,7 +308,6 @@ class Tally:
     outcomes: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
     slowest_s: float = 0.0
-    begun: float = field(default_factory=time.perf_counter)
     rss_kib: int = field(default_factory=lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
     def trial(self, label: object, work: Callable[[], Outcome | None]) -> Outcome | None:
@@ -352,11 +327,13 @@ class Tally:
     def finish(self, *, most_s: float = 20.0, most_mib: int = 256) -> None:
         """Print the counts and assert that nothing went wrong."""
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - self.rss_kib) >> 10
-        seconds = time.perf_counter() - self.begun
-        say(
-            f"\n{self.what}: seed {SEED}, {self.trials} trials, {len(self.wrong)} wrong, "
-            f"{dict(self.outcomes)}, {seconds:.1f} s, slowest {self.slowest_s * 1e3:.0f} ms, "
-            f"memory grew {grown} MiB"
+        record(
+            self.what,
+            self.trials,
+            wrong=len(self.wrong),
+            **self.outcomes,
+            slowest_ms=round(self.slowest_s * 1e3),
+            memory_grew_mib=grown,
         )
         shown = "\n".join(self.wrong[:10])
         assert not self.wrong, f"{len(self.wrong)} of {self.trials}:\n{shown}"
