@@ -242,10 +242,25 @@ class Storage(ABC):
 
     # --- writing --------------------------------------------------------------
     @abstractmethod
-    def publish(self, path: str, buffers: Sequence[BytesLike], *, if_absent: bool = False) -> None:
+    def publish(
+        self,
+        path: str,
+        buffers: Sequence[BytesLike],
+        *,
+        if_absent: bool = False,
+        synced: bool = False,
+    ) -> None:
         """Make a whole file appear at once under its name, or not at all.
 
         Handed to the operating system or acknowledged by the store on return, but not synced.
+
+        Parameters
+        ----------
+        if_absent
+            Only if nobody has published this name yet.
+        synced
+            The file's bytes survive power loss before its name appears, so that no power cut shows
+            the name of a file that lacks some of them. The name itself is synced by `sync`.
 
         Raises
         ------

@@ -198,7 +198,14 @@ class LocalStorage(Storage):
             return memoryview(mapped)
 
     # --- writing --------------------------------------------------------------
-    def publish(self, path: str, buffers: Sequence[BytesLike], *, if_absent: bool = False) -> None:
+    def publish(
+        self,
+        path: str,
+        buffers: Sequence[BytesLike],
+        *,
+        if_absent: bool = False,
+        synced: bool = False,
+    ) -> None:
         """Make a whole file appear at once under its name: written aside, then renamed."""
         self._begin_write(path)
         aside = f"{path}.{secrets.token_hex(8)}{TMP_SUFFIX}"
@@ -206,12 +213,14 @@ class LocalStorage(Storage):
         try:
             try:
                 write_all(fd, buffers)
+                if synced:
+                    sync_descriptor(fd)
             finally:
                 os.close(fd)  # some file systems report a full disk only here
             with parent(self._root, path) as (directory, base):
                 name = os.path.basename(aside)
                 if if_absent:
-                    self._link(directory, name, base, path, buffers)
+                    self._link(directory, name, base, path, buffers, synced=synced)
                     os.unlink(name, dir_fd=directory)
                 else:
                     os.rename(name, base, src_dir_fd=directory, dst_dir_fd=directory)
@@ -222,7 +231,14 @@ class LocalStorage(Storage):
         self._files.drop(path)
 
     def _link(
-        self, directory: int, name: str, base: str, path: str, buffers: Sequence[BytesLike]
+        self,
+        directory: int,
+        name: str,
+        base: str,
+        path: str,
+        buffers: Sequence[BytesLike],
+        *,
+        synced: bool,
     ) -> None:
         try:
             os.link(name, base, src_dir_fd=directory, dst_dir_fd=directory, follow_symlinks=False)
@@ -235,6 +251,8 @@ class LocalStorage(Storage):
             fd = open_file(self._root, path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
             try:
                 write_all(fd, buffers)
+                if synced:
+                    sync_descriptor(fd)
             finally:
                 os.close(fd)
 

@@ -182,7 +182,14 @@ class RemoteStorage(Storage):
         return found
 
     # --- writing --------------------------------------------------------------
-    def publish(self, path: str, buffers: Sequence[BytesLike], *, if_absent: bool = False) -> None:
+    def publish(
+        self,
+        path: str,
+        buffers: Sequence[BytesLike],
+        *,
+        if_absent: bool = False,
+        synced: bool = False,  # noqa: ARG002 - what a store acknowledged is safe
+    ) -> None:
         """Make a whole file appear at once under its name: one PUT."""
         self._check_writable()
         check_path(path)

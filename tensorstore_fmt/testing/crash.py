@@ -131,12 +131,19 @@ class CrashStorage(WrappedStorage):
         """Map a file."""
         return self._perform("map", path, lambda: self.inner.map(path, nbytes_needed))
 
-    def publish(self, path: str, buffers: Sequence[BytesLike], *, if_absent: bool = False) -> None:
+    def publish(
+        self,
+        path: str,
+        buffers: Sequence[BytesLike],
+        *,
+        if_absent: bool = False,
+        synced: bool = False,
+    ) -> None:
         """Publish a file; cut short, it does not appear."""
         self._perform(
             "publish",
             path,
-            lambda: self.inner.publish(path, buffers, if_absent=if_absent),
+            lambda: self.inner.publish(path, buffers, if_absent=if_absent, synced=synced),
             stop=_total(buffers),
         )
 

@@ -223,7 +223,7 @@ class _Recovery:
             return
         paths = []
         for header, data in plan.segments():
-            self._storage.publish(header.name.path, [data])
+            self._storage.publish(header.name.path, [data], synced=True)
             paths.append(header.name.path)
         if paths:
             self._storage.sync(paths)
@@ -256,7 +256,7 @@ class _Recovery:
             return
         for file in aside:
             ((data, _),) = self._storage.fetch([Prefix(file.path, max(file.nbytes, 1))])
-            self._storage.publish(file.path + SET_ASIDE, [data])
+            self._storage.publish(file.path + SET_ASIDE, [data], synced=True)
         if aside:
             self._storage.sync([file.path + SET_ASIDE for file in aside])
         time.sleep(_GRACE_S)
@@ -326,8 +326,8 @@ class _Recovery:
             ((data, _),) = self._storage.fetch(
                 [Prefix(layout.RUN_JSON, layout.MAX_RUN_JSON_NBYTES)]
             )
-            self._storage.publish(layout.RUN_JSON + SET_ASIDE, [data])
-        self._storage.publish(layout.RUN_JSON, [runfile.encode(info)])
+            self._storage.publish(layout.RUN_JSON + SET_ASIDE, [data], synced=True)
+        self._storage.publish(layout.RUN_JSON, [runfile.encode(info)], synced=True)
         self._storage.sync([layout.RUN_JSON])
 
     def _drop_bundle(self, inventory: Inventory) -> None:

@@ -254,7 +254,8 @@ def merge_segments(
     first, last = headers[0], headers[-1]
     header = replace(last, first_flush=first.first_flush, published_us=now_us)
     parts = segment.encode(header, merged.series, merged.shards, merged.pages)
-    storage.publish(header.name.path, parts)
+    # Readers prefer it to what it covers: if a power cut tore it, it would hide what is safe.
+    storage.publish(header.name.path, parts, synced=True)
     return header, sum(map(len, parts)), sum(p.rows for p in merged.pages)
 
 

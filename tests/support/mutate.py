@@ -68,7 +68,14 @@ class MemoryStorage(Storage):
             return TruncatedError(f"{request.path} was cut short", file=request.path)
         return data[request.start : request.stop]
 
-    def publish(self, path: str, buffers: Sequence[Any], *, if_absent: bool = False) -> None:
+    def publish(
+        self,
+        path: str,
+        buffers: Sequence[Any],
+        *,
+        if_absent: bool = False,
+        synced: bool = False,
+    ) -> None:
         raise AssertionError("a reader writes nothing")
 
     def sync(self, paths: Iterable[str]) -> None:

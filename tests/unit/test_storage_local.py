@@ -290,6 +290,11 @@ def test_sync_reaches_files_and_all_directories(
     assert sorted(synced) == [f"{place}/new/run/index", f"{place}/new/run/index/b"]
     with pytest.raises(FileNotFoundError):
         storage.sync(["index/nope"])
+    synced.clear()
+    storage.publish("index/c", [b"x"], synced=True)
+    (aside,) = synced
+    assert aside.startswith(f"{place}/new/run/index/c.")
+    assert aside.endswith(".tmp")  # before it had its name
 
 
 # --- maps -----------------------------------------------------------------------
