@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import hypothesis_profiles  # noqa: F401 - importing it loads the profile
 import pytest
 
-from tensorstore_fmt.testing.storage import S3Server, serve_s3
+from tensorstore_fmt.testing.servers import S3Server, serve_s3
 
 pytest_plugins = ["support.goals"]
 

@@ -11,7 +11,7 @@ import pytest
 
 import tensorstore_fmt as tsf
 from tensorstore_fmt.storage import StoreNotFoundError
-from tensorstore_fmt.testing.storage import Asked, Reply, S3Server, serve, serve_http
+from tensorstore_fmt.testing.servers import Asked, Reply, S3Server, serve, serve_http
 
 RNG = np.random.default_rng(0)
 WEIGHT = RNG.standard_normal((400, 300)).astype("f4")

@@ -18,7 +18,7 @@ from tensorstore_fmt.demo import run_demo, training
 from tensorstore_fmt.demo.display import Display
 from tensorstore_fmt.demo.report import Stored, bytes_text, strongest_units, table
 from tensorstore_fmt.errors import ArgumentError
-from tensorstore_fmt.testing.storage import serve_s3
+from tensorstore_fmt.testing.servers import serve_s3
 
 STEPS = 60
 REPOSITORY = Path(__file__).parent.parent

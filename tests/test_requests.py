@@ -14,7 +14,8 @@ import tensorstore_fmt as tsf
 from tensorstore_fmt.format import layout
 from tensorstore_fmt.reading.session import Session
 from tensorstore_fmt.storage import Storage, open_storage
-from tensorstore_fmt.testing.storage import CountingStorage, S3Server
+from tensorstore_fmt.testing.servers import S3Server
+from tensorstore_fmt.testing.storage import CountingStorage
 from tensorstore_fmt.testing.writers import create_test_run
 
 RNG = np.random.default_rng(0)

@@ -28,7 +28,7 @@ from support.damage import (
 
 from tensorstore_fmt.errors import StateError
 from tensorstore_fmt.storage import Listing, Prefix, Range, open_storage
-from tensorstore_fmt.testing.storage import S3Server
+from tensorstore_fmt.testing.servers import S3Server
 from tensorstore_fmt.upkeep import compact, recover, verify
 from tensorstore_fmt.writing.run import create_run
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from tensorstore_fmt.cli import main
-from tensorstore_fmt.testing.storage import S3Server
+from tensorstore_fmt.testing.servers import S3Server
 from tensorstore_fmt.writing.run import create_run
 
 REPOSITORY = Path(__file__).parents[2]

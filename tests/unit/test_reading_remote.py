@@ -14,7 +14,8 @@ from tensorstore_fmt.reading import fetch
 from tensorstore_fmt.reading.run import Run, open_run
 from tensorstore_fmt.reading.session import Session
 from tensorstore_fmt.storage import Storage, open_storage
-from tensorstore_fmt.testing.storage import CountingStorage, FaultyStorage, Operation, serve_http
+from tensorstore_fmt.testing.servers import serve_http
+from tensorstore_fmt.testing.storage import CountingStorage, FaultyStorage, Operation
 
 
 class Remote(CountingStorage):

@@ -19,7 +19,7 @@ from tensorstore_fmt.storage import (
     Storage,
     open_storage,
 )
-from tensorstore_fmt.testing.storage import S3Server
+from tensorstore_fmt.testing.servers import S3Server
 
 _NUMBERS = itertools.count()
 

@@ -15,7 +15,7 @@ from tensorstore_fmt.errors import ArgumentError, TruncatedError
 from tensorstore_fmt.storage import Listing, Prefix, Range, open_storage
 from tensorstore_fmt.storage.remote import RemoteStorage, open_remote
 from tensorstore_fmt.storage.retry import RetryPolicy
-from tensorstore_fmt.testing.storage import Asked, Reply, Server, serve, serve_http
+from tensorstore_fmt.testing.servers import Asked, Reply, Server, serve, serve_http
 
 
 @pytest.fixture

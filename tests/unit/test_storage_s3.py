@@ -26,7 +26,7 @@ from tensorstore_fmt.storage import (
 )
 from tensorstore_fmt.storage.remote import RemoteStorage, open_remote
 from tensorstore_fmt.storage.retry import RetryPolicy
-from tensorstore_fmt.testing.storage import Asked, Reply, S3Server, forward, serve
+from tensorstore_fmt.testing.servers import Asked, Reply, S3Server, forward, serve
 
 _NUMBERS = itertools.count()
 
