@@ -419,19 +419,33 @@ class RunWriter:
             raise
         return scalars, tensors
 
-    def _stamp(self, generation: Generation, step: int, mode: int) -> None:
+    def _stamp(self, into: Generation, step: int, mode: int, time_us: int | None = None) -> None:
         """Note the step in the step table, once."""
         if self._last_logged.get(mode) == step:
             return
         self._last_logged[mode] = step
-        steps, rows = generation.step_tables.setdefault(mode, ([], []))
+        steps, rows = into.step_tables.setdefault(mode, ([], []))
         steps.append(step)
-        rows.append((self._mode_steps[mode], self._options.clock_us()))
+        rows.append((self._mode_steps[mode], time_us or self._options.clock_us()))
         self._mode_steps[mode] += 1
         self._steps += 1
         if step > self._max_step[mode]:
             self._complete[mode] = max(self._complete[mode], step - 1)
             self._max_step[mode] = step
+
+    def stamp(self, step: int, mode: str | None, *, mode_step: int, wall_time_us: int) -> None:
+        """Say when a step was made, and its number in its mode, before it is logged.
+
+        For importers, which copy what happened elsewhere; otherwise `log` finds out itself.
+        """
+        self._check_usable()
+        number, step = check_mode(mode), check_step(step)
+        with self._lock:
+            following = max(self._mode_steps[number], check_step(mode_step) + 1)
+            self._mode_steps[number] = mode_step
+            self._last_logged.pop(number, None)
+            self._stamp(self._generation, step, number, wall_time_us)
+            self._mode_steps[number] = following
 
     def _reserve(self, nbytes: int) -> bool:
         return self._quota.reserve(
