@@ -63,16 +63,12 @@ def choose_grid(
     if not shape or math.prod(shape) * itemsize <= target_nbytes:
         return (0,) * len(shape)
     grid = [0] * len(shape)
-    inner = itemsize
-    for axis in range(len(shape) - 1, -1, -1):
-        n = shape[axis]
-        if inner * n <= target_nbytes:
-            inner *= n
-            continue
-        is_batched = inner >= _BATCHED_NBYTES and axis < len(shape) - 2
-        length = 1 if is_batched else max(1, target_nbytes // inner)
-        grid[axis] = min(1 << (length.bit_length() - 1), n)
-        for outer in range(axis):
-            grid[outer] = 1
-        break
+    inner, axis = itemsize, len(shape) - 1
+    while inner * shape[axis] <= target_nbytes:  # ends: all axes together do not fit
+        inner *= shape[axis]
+        axis -= 1
+    is_batched = inner >= _BATCHED_NBYTES and axis < len(shape) - 2
+    length = 1 if is_batched else max(1, target_nbytes // inner)
+    grid[axis] = min(1 << (length.bit_length() - 1), shape[axis])
+    grid[:axis] = [1] * axis
     return tuple(grid)

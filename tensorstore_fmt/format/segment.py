@@ -332,14 +332,12 @@ class Head:
     catalog: Catalog
     shards: Sequence[tuple[layout.ShardName, int]]
 
-    def entry_pages(self, series: int | None = None, step: int | None = None) -> np.ndarray:
-        """Give the root rows of the entry pages that can hold this series and step."""
+    def entry_pages(self, series: int | None = None) -> np.ndarray:
+        """Give the root rows of the entry pages; only those that can hold this series."""
         root = self.root
         keep = root["kind"] == layout.PAGE_ENTRIES
         if series is not None:
             keep &= (root["first_series"] <= series) & (series <= root["last_series"])
-        if step is not None:
-            keep &= (root["min_step"] <= step) & (step <= root["max_step"])
         return np.flatnonzero(keep)
 
     def decode_entries(self, number: int, stored: bytes | memoryview) -> Entries:
@@ -394,9 +392,7 @@ def decode_head(header: Header, data: bytes | memoryview) -> Head:
             catalogs.append(decode_catalog(stored, row, where))
         else:
             shards = page.decode_shards(stored, row, where)
-    catalog = Catalog(catalogs)
-    if len(catalog) != header.series:
-        raise FormatError(f"{where}: the catalog has {len(catalog)} rows, not {header.series}")
+    catalog = Catalog(catalogs)  # as many rows as pages and root say, so as the header does
     names = catalog.names
     for i in np.flatnonzero(np.fromiter(map(_not_ascending, names, names[1:]), np.bool_)):
         if catalog[int(i)].identity >= catalog[int(i) + 1].identity:
