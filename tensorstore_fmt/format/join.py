@@ -98,6 +98,7 @@ def _is_joinable_payload(entries: Entries) -> Mask:
     is_inline = rows["shard"] == layout.INLINE_SHARD
     # One step's payload that stands for many: the same bytes, not only the same checksum.
     repeats = ((rows["flags"] & layout.ENTRY_REPEAT) != 0) | (rows["count"] == 1)
+    repeats |= rows["codec"] == layout.CODEC_DROPPED  # without a payload, and never flagged
     is_repeat = repeats[:-1] & repeats[1:] & (a["raw_nbytes"] == b["raw_nbytes"])
     is_repeat &= (a["flags"] | layout.ENTRY_REPEAT) == (b["flags"] | layout.ENTRY_REPEAT)
     is_repeat &= (a["digest"] == b["digest"]) & (a["crc32c"] == b["crc32c"])

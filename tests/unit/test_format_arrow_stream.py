@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import struct
 
 import pyarrow as pa
 import pyarrow.ipc
@@ -58,3 +59,60 @@ def test_any_cut_and_any_flipped_byte_is_refused_or_still_such_a_stream() -> Non
             damaged[at] ^= bit
             with contextlib.suppress(FormatError):
                 check_stream(bytes(damaged))
+
+
+def fields(raw: bytes) -> dict[str, int]:
+    """Give the places in a stream of what one may change in its record batch message."""
+    schema_nbytes = 8 + int.from_bytes(raw[4:8], "little")
+    begin = schema_nbytes + 8
+    table = begin + int.from_bytes(raw[begin : begin + 4], "little")
+    vtable = table - int.from_bytes(raw[table : table + 4], "little", signed=True)
+    slot = {
+        name: vtable + 4 + 2 * n for n, name in enumerate(("version", "kind", "header", "body"))
+    }
+    place = {
+        f"{name} of it": table + int.from_bytes(raw[at : at + 2], "little")
+        for name, at in slot.items()
+    }
+    return {"prefix": schema_nbytes, "table": table, "vtable": vtable, **slot, **place}
+
+
+@pytest.mark.parametrize(
+    ("field", "form", "value"),
+    [
+        ("prefix", "<I", 0xFFFFFFFE),  # the mark before each message
+        ("prefix", "<q", 0x7FFFFFFF_FFFFFFFF),
+        ("table", "<i", 1 << 20),  # its vtable lies before the message
+        ("table", "<i", -(1 << 20)),  # or behind
+        ("vtable", "<H", 4),  # no field is there
+        ("version", "<H", 0),
+        ("version", "<H", 0xFFFF),
+        ("kind", "<H", 0),
+        ("kind", "<H", 0x7FFF),
+        ("header", "<H", 0x7FFF),
+        ("body", "<H", 0x7FFF),
+        ("version of it", "<H", 3),
+        ("kind of it", "<B", 2),
+        ("kind of it", "<B", 1),
+        ("body of it", "<q", -8),
+        ("body of it", "<q", 1 << 40),
+        ("body of it", "<q", 0),
+        ("header of it", "<I", 1 << 30),
+    ],
+)
+def test_fields_that_point_or_say_otherwise(field: str, form: str, value: int) -> None:
+    raw = bytearray(stream(BATCH.slice(0, 3)))
+    check_stream(bytes(raw))
+    struct.pack_into(form, raw, fields(bytes(raw))[field], value)
+    with pytest.raises(FormatError) as caught:
+        check_stream(bytes(raw))
+    assert caught.value.code == "malformed"
+
+
+def test_a_batch_without_header_or_body_is_for_arrow_to_judge() -> None:
+    """They hide no compression: nothing is allocated for them."""
+    empty = stream(BATCH.slice(0, 0))
+    check_stream(empty)
+    raw = bytearray(empty)
+    struct.pack_into("<H", raw, fields(empty)["header"], 0)
+    check_stream(bytes(raw))
