@@ -106,6 +106,7 @@ class HttpStore(ObjectStore):
                         status=reply.status,
                         content_range=reply.headers.get("Content-Range"),
                         nbytes=int(nbytes) if nbytes.isdecimal() else None,
+                        encoding=reply.headers.get("Content-Encoding"),
                         read=reply.content.read,
                     )
                 )
@@ -131,9 +132,6 @@ class HttpStore(ObjectStore):
             raise TransientError(OSError(errno.EIO, said, name))
         if reply.status not in (OK, PARTIAL):
             raise OSError(errno.EIO, said, name)
-        encoding = reply.headers.get("Content-Encoding", "identity")
-        if encoding != "identity":
-            raise OSError(errno.EPROTO, f"the server sent it as {encoding}", name)
 
     async def close(self) -> None:
         """Close connections."""

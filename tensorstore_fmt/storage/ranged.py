@@ -17,6 +17,9 @@ from tensorstore_fmt.storage.retry import TransientError
 
 _CONTENT_RANGE: Final = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", re.ASCII)
 
+# The last is about the request with which the object was put, not about its bytes.
+_PLAIN_ENCODINGS: Final = (None, "", "identity", "aws-chunked")
+
 OK: Final = 200
 PARTIAL: Final = 206
 UNSATISFIABLE: Final = 416
@@ -32,8 +35,8 @@ class Answer:
         The file, for messages.
     status
         200 or 206; others are errors before it comes to this.
-    content_range, nbytes
-        The headers Content-Range and Content-Length; None if absent.
+    content_range, nbytes, encoding
+        The headers Content-Range, Content-Length and Content-Encoding; None if absent.
     read
         Gives the next bytes of the body, at most as many as asked for; none at its end.
     """
@@ -42,11 +45,13 @@ class Answer:
     status: int
     content_range: str | None
     nbytes: int | None
+    encoding: str | None
     read: Callable[[int], Awaitable[bytes]]
 
 
 async def take_range(answer: Answer, start: int, stop: int) -> bytes:
     """Read exactly the range that was asked for."""
+    _check_encoding(answer)
     if answer.status == OK:
         # The whole file: reading on to `start` could mean gigabytes for a few bytes.
         if start != 0 or answer.nbytes != stop:
@@ -56,26 +61,30 @@ async def take_range(answer: Answer, start: int, stop: int) -> bytes:
             )  # fmt: skip
     else:
         first, end, total = _content_range(answer)
-        if first != start or end != stop:
+        if first != start or end != stop or (total is not None and total < stop):
             if total is not None and total < stop and first == start and end == total:
                 raise truncated(answer.where, total, stop)
             raise TransientError(_other_range(answer, start, stop))
-    return await _take(answer, stop - start)
+    return await _take_all(answer, stop - start)
 
 
 async def take_prefix(answer: Answer, nbytes: int) -> tuple[bytes, int | None]:
     """Read the first bytes, or all of a shorter file; give the file's length too."""
+    _check_encoding(answer)
     if answer.status == OK:  # all of it; the rest is left unread
         if answer.nbytes is not None:
-            return await _take(answer, min(nbytes, answer.nbytes)), answer.nbytes
+            # Exactly as much as was asked for may be the range, with the wrong status.
+            total = None if answer.nbytes == nbytes else answer.nbytes
+            return await _take(answer, min(nbytes, answer.nbytes)), total
         raise OSError(
             errno.EPROTO, "the server neither honours Range requests nor tells the length",
             answer.where,
         )  # fmt: skip
     first, end, total = _content_range(answer)
-    if first != 0 or end > nbytes or (total is not None and end != min(nbytes, total)):
+    # Without a total nothing says that a shorter body is the whole file.
+    if first != 0 or end != (nbytes if total is None else min(nbytes, total)):
         raise TransientError(_other_range(answer, 0, nbytes))
-    return await _take(answer, end), total
+    return await _take_all(answer, end), total
 
 
 def truncated(where: str, found: int | None, stop: int) -> TruncatedError:
@@ -106,6 +115,28 @@ def _other_range(answer: Answer, start: int, stop: int) -> OSError:
         errno.EPROTO,
         f"asked for bytes {start} to {stop}, the server sent {answer.content_range!r}",
         answer.where,
+    )
+
+
+def _check_encoding(answer: Answer) -> None:
+    """Refuse a compressed body: its bytes are others than those that were asked for."""
+    if answer.encoding not in _PLAIN_ENCODINGS:
+        raise OSError(errno.EPROTO, f"the server sent it as {answer.encoding}", answer.where)
+
+
+async def _take_all(answer: Answer, wanted: int) -> bytes:
+    """Read a body of so many bytes; a longer one is something else than what its head says."""
+    data = b""
+    if answer.nbytes in (None, wanted):
+        data = await _take(answer, wanted)
+        if answer.nbytes == wanted or not await answer.read(1):
+            return data
+    raise TransientError(
+        OSError(
+            errno.EPROTO,
+            f"{answer.nbytes or 'more'} bytes came, {wanted} were announced",
+            answer.where,
+        )
     )
 
 

@@ -157,10 +157,10 @@ class RemoteStorage(Storage):
             path, start, stop = check_path(request.path), request.start, request.stop
             if start == stop:
                 return b""
-            return await self._retried(lambda: store.read(path, start, stop))
+            return await self._retried(lambda: store.read(path, start, stop), stop - start)
         if isinstance(request, Prefix):
             path, nbytes = check_path(request.path), request.nbytes
-            return await self._retried(lambda: store.read_prefix(path, nbytes))
+            return await self._retried(lambda: store.read_prefix(path, nbytes), nbytes)
         if isinstance(request, Listing):
             return await self._list(store, request.directory)
         raise ArgumentError(f"{request!r} is not a request")
@@ -199,7 +199,9 @@ class RemoteStorage(Storage):
 
         async def put(store: ObjectStore) -> None:
             await with_retries(
-                lambda attempt: store.write(path, data, once=once, attempt=attempt), self.retry
+                lambda attempt: store.write(path, data, once=once, attempt=attempt),
+                self.retry,
+                nbytes=len(data),
             )
 
         self._run(put)
@@ -219,8 +221,8 @@ class RemoteStorage(Storage):
             raise ArgumentError(f"{self.describe()} was opened for reading only")
 
     # --- the event loop -------------------------------------------------------
-    async def _retried(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        return await with_retries(lambda _: attempt(), self.retry)
+    async def _retried(self, attempt: Callable[[], Awaitable[T]], nbytes: int = 0) -> T:
+        return await with_retries(lambda _: attempt(), self.retry, nbytes=nbytes)
 
     def _run(self, work: Callable[[ObjectStore], Coroutine[Any, Any, T]]) -> T:
         loop = fsspec.asyn.get_loop()

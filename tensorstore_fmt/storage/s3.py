@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import inspect
+import warnings
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
@@ -64,6 +65,7 @@ _DENIED_CODES: Final = {
 _DENIED_STATUS: Final = {401, 403}
 _NOT_FOUND: Final = 404
 _EXISTS: Final = 412
+_NOT_IMPLEMENTED: Final = 501
 _NO_CREDENTIALS: Final = (
     boto.NoCredentialsError,
     boto.PartialCredentialsError,
@@ -71,6 +73,8 @@ _NO_CREDENTIALS: Final = (
     boto.TokenRetrievalError,
 )
 _NETWORK: Final = (
+    boto.ConnectionError,  # also what a reset becomes, while the answer is waited for
+    boto.FlexibleChecksumError,
     boto.HTTPClientError,
     boto.IncompleteReadError,
     ResponseParserError,  # overloaded servers send pages that are no XML
@@ -131,6 +135,8 @@ class S3Store(ObjectStore):
         self._bucket = bucket
         self._prefix = f"{root}/" if root else ""
         self._where = where
+        self._has_conditions: bool | None = None  # not known yet
+        self._ignored = False  # a condition, by a store that then put nevertheless
 
     async def read(self, path: str, start: int, stop: int) -> bytes:
         """Get exactly these bytes: one GET."""
@@ -160,6 +166,7 @@ class S3Store(ObjectStore):
                     status=reply["ResponseMetadata"]["HTTPStatusCode"],
                     content_range=reply.get("ContentRange"),
                     nbytes=reply.get("ContentLength"),
+                    encoding=reply.get("ContentEncoding"),
                     read=body.read,
                 )
             )
@@ -175,6 +182,12 @@ class S3Store(ObjectStore):
         prefix = self._prefix + (f"{directory}/" if directory else "")
         more = {} if token is None else {"ContinuationToken": token}
         reply = await self._call("list_objects_v2", directory, Prefix=prefix, Delimiter="/", **more)
+        if "IsTruncated" not in reply:
+            # Neither an empty body nor a page of some proxy is a listing without files.
+            raise TransientError(
+                OSError(errno.EPROTO, "the store answered a listing with something else",
+                        self._name(directory))
+            )  # fmt: skip
         found = [
             FileInfo(row["Key"][len(prefix) :], row["Size"])
             for row in reply.get("Contents", ())
@@ -196,38 +209,85 @@ class S3Store(ObjectStore):
             await self._call("put_object", path, Key=key, Body=data)
             return
         await self._check_can_put_once(path)
-        users = self._fs.s3_additional_kwargs.get("Metadata") or {}
-        try:
-            await self._call(
-                "put_object",
-                path,
-                Key=key,
-                Body=data,
-                IfNoneMatch="*",
-                Metadata={**users, _PUT_ID: once},
-            )
-        except FileExistsError:
-            if not await self._is_ours(path, data, once, attempt):
-                raise
+        if self._has_conditions is not False and await self._put_once(path, data, once, attempt):
+            return
+        if not await self._is_there(path, data, once, has_put=attempt > 0 or self._ignored):
+            await self._put_with_id(path, data, once)
+            if not await self._is_there(path, data, once, has_put=True):
+                raise TransientError(OSError(errno.EIO, "what was put is gone", self._name(path)))
 
-    async def _is_ours(self, path: str, data: bytes, once: str, attempt: int) -> bool:
-        """Say whether it was our own put that arrived earlier and whose answer was lost.
+    async def _put_once(self, path: str, data: bytes, once: str, attempt: int) -> bool:
+        """Put if it is absent; False: the store does not know how.
+
+        Such a store is warned of. It gets a look before and after a plain put: of two who do this
+        at the same moment, the one who put last has it, and the other may not notice.
+        """
+        try:
+            await self._put_with_id(path, data, once, IfNoneMatch="*")
+        except FileExistsError:
+            self._has_conditions = True
+            if not await self._is_there(path, data, once, has_put=attempt > 0):
+                said = "the store says that it is there and that it is not"
+                raise TransientError(OSError(errno.EIO, said, self._name(path))) from None
+        except _NotImplementedByStoreError:
+            self._has_conditions = False
+        else:
+            if self._has_conditions is None:
+                # Some ignore the condition without a word: these put again what they have.
+                try:
+                    await self._put_with_id(path, data, once, IfNoneMatch="*")
+                except FileExistsError:
+                    self._has_conditions = True
+                else:
+                    self._has_conditions, self._ignored = False, True
+        if not self._has_conditions:
+            warnings.warn(
+                f"{self._where}: this store does not know conditional writes (If-None-Match): two "
+                "processes that create the same run at the same moment may not notice each other. "
+                "Let only one create it (worker 0 does), and give every job a folder of its own",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return self._has_conditions
+
+    async def _put_with_id(self, path: str, data: bytes, once: str, **condition: str) -> None:
+        users = self._fs.s3_additional_kwargs.get("Metadata") or {}
+        await self._call(
+            "put_object",
+            path,
+            Key=self._prefix + path,
+            Body=data,
+            Metadata={**users, _PUT_ID: once},
+            **condition,
+        )
+
+    async def _is_there(self, path: str, data: bytes, once: str, *, has_put: bool) -> bool:
+        """Say whether our own put has arrived, perhaps an earlier one whose answer was lost.
 
         Asked also at the first attempt: aiohttp repeats a put by itself when the server had
         closed the connection. A store that drops metadata is believed only by the bytes.
+
+        Raises
+        ------
+        FileExistsError
+            Something else is there.
         """
-        reply = await self._call("get_object", path, Key=self._prefix + path)
+        try:
+            reply = await self._call("get_object", path, Key=self._prefix + path)
+        except FileNotFoundError:
+            return False
         try:
             if reply.get("Metadata", {}).get(_PUT_ID) == once:
                 return True
-            if attempt == 0 or reply.get("ContentLength") != len(data):
-                return False
-            found: bytes = await reply["Body"].read()
+            if has_put and reply.get("ContentLength") == len(data):
+                found: bytes = await reply["Body"].read()
+                if found == data:
+                    return True
         except _NETWORK as error:
             raise TransientError(self._failed(path, error)) from error
         finally:
             reply["Body"].close()
-        return found == data
+        raise FileExistsError(errno.EEXIST, "somebody else has put it", self._name(path))
 
     async def _check_can_put_once(self, path: str) -> None:
         # s3fs silently drops parameters that an old botocore does not know
@@ -281,6 +341,10 @@ class S3Store(ObjectStore):
                 answer = said.response.get("Error", {})
                 status = said.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
                 code, text = str(answer.get("Code", "")), str(answer.get("Message", ""))
+                if "IfNoneMatch" in kwargs and (
+                    status == _NOT_IMPLEMENTED or code == "NotImplemented"
+                ):
+                    raise _NotImplementedByStoreError from said
                 raise self._error(path, code, status, text) from said
             if isinstance(error, boto.SSLError):  # a certificate does not get better
                 raise self._failed(path, error) from error
@@ -324,6 +388,10 @@ class S3Store(ObjectStore):
         kind = TimeoutError if isinstance(error, _TIMEOUTS) else OSError
         number = errno.ETIMEDOUT if kind is TimeoutError else errno.EIO
         return kind(number, f"{type(error).__name__}: {error}", self._name(path))
+
+
+class _NotImplementedByStoreError(Exception):
+    """The store says that it does not know a header of the request."""
 
 
 class _UnsatisfiableError(Exception):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
+from tensorstore_fmt.storage import retry
 from tensorstore_fmt.storage.retry import RetryPolicy, TransientError, with_retries
 
 
@@ -59,3 +61,45 @@ def test_other_failures_pass_at_once() -> None:
     with pytest.raises(PermissionError) as caught:
         asyncio.run(with_retries(attempt, RetryPolicy()))
     assert caught.value.args == (0,)
+
+
+def test_an_attempt_that_takes_too_long_is_given_up() -> None:
+    numbers = []
+
+    async def attempt(number: int) -> int:
+        numbers.append(number)
+        if number < 2:
+            await asyncio.Event().wait()
+        return number
+
+    policy = RetryPolicy(attempt_s=0.01, first_delay_s=0.001)
+    assert asyncio.run(with_retries(attempt, policy)) == 2
+    assert numbers == [0, 1, 2]
+    numbers.clear()
+    with pytest.raises(TimeoutError, match="no complete answer"):
+        asyncio.run(with_retries(attempt, RetryPolicy(attempt_s=0.01, budget_s=0)))
+
+
+def test_more_bytes_may_take_longer() -> None:
+    policy = RetryPolicy(attempt_s=2, least_bytes_per_s=1000)
+    assert [policy.limit_s(n) for n in (0, 500, 10_000)] == [2, 2.5, 12]
+
+
+def test_a_timeout_of_the_attempt_itself_is_its_own() -> None:
+    async def attempt(number: int) -> None:
+        raise TimeoutError(number)
+
+    with pytest.raises(TimeoutError) as caught:
+        asyncio.run(with_retries(attempt, RetryPolicy()))
+    assert caught.value.args == (0,)
+
+
+def test_who_waits_is_told(caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
+    monkeypatch.setattr(retry._Told, "at", float("-inf"))
+    _run(1)
+    assert caplog.records == []
+    _run(9)
+    (record,) = caplog.records  # the others come within five seconds
+    assert (record.name, record.levelname) == ("tensorstore_fmt", "WARNING")
+    assert "attempt 1" in record.getMessage()
+    assert "trying again" in record.getMessage()

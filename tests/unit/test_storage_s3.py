@@ -103,9 +103,16 @@ def test_publishing_is_one_put(s3: S3Server, storage: Storage) -> None:
     with _sent(s3) as sent:
         storage.publish("a", [b"x"])
         storage.publish("b", [b"x"], if_absent=True)
+        storage.publish("c", [b"x"], if_absent=True)
         storage.sync(["a", "b"])
         storage.delete(["a"])
-    assert sent == [f"PUT {root}/a 200", f"PUT {root}/b 200", f"DELETE {root}/a 204"]
+    assert sent == [
+        f"PUT {root}/a 200",
+        f"PUT {root}/b 200",
+        f"PUT {root}/b 412",  # the first time: does the store refuse this?
+        f"PUT {root}/c 200",
+        f"DELETE {root}/a 204",
+    ]
 
 
 def test_many_requests_go_out_at_once(s3: S3Server, storage: Storage) -> None:
