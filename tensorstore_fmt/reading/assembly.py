@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tensorstore_fmt import dtypes
-from tensorstore_fmt.errors import ArgumentError, FormatError
+from tensorstore_fmt.errors import ArgumentError, FormatError, LimitError
 from tensorstore_fmt.format import layout
 from tensorstore_fmt.format.catalog import Series
 from tensorstore_fmt.reading.absence import absence, raise_ambiguous
 from tensorstore_fmt.reading.entries import Found
-from tensorstore_fmt.reading.plan import Touched, touched_chunks
+from tensorstore_fmt.reading.plan import Touched, n_touched, touched_chunks
 from tensorstore_fmt.reading.selection import Selection, normalize
 from tensorstore_fmt.reading.steps import StepSet
 from tensorstore_fmt.reading.timeline import Timeline
@@ -24,6 +24,7 @@ from tensorstore_fmt.reading.view import Source, View
 __all__ = ["Assembly", "Chosen", "Group", "assemble", "choose", "full_shape"]
 
 _MAX_ITEMS_AT_ONCE = 1 << 20
+_MOST_CHUNKS_AT_ONCE = 1 << 26  # 16 bytes each; of 256 KiB they would hold 16 TiB
 
 _I64 = NDArray[np.int64]
 
@@ -225,6 +226,7 @@ def assemble(chosen: Chosen, index: object) -> Assembly:
                 continue
             picked, places = inside
             covered.append((number, places))
+        _check_claims(found, each, picked, len(number))
         touched = touched_chunks(picked, each.shape, each.series.grid)
         steps, rows = chosen.steps[number], chosen.rows[each.at]
         entry = _find_chunks(line, each, touched, steps, rows)
@@ -385,6 +387,31 @@ def _overlap(boxes: _I64) -> bool:
 # --- entries of chunks ----------------------------------------------------------------------
 
 
+def _check_claims(found: Found, layout_: _Layout, picked: Selection, n_steps: int) -> None:
+    """Refuse what is claimed before it is listed.
+
+    A catalog row of a few bytes may claim a shape and a grid with any number of chunks, of any
+    size. But each chunk has an entry, which is longer; and a chunk is at most so long.
+    """
+    shape, grid, name = layout_.shape, layout_.series.grid, layout_.series.name
+    number = n_touched(picked, shape, grid)
+    if number > len(found.entries):
+        raise _contradiction(found, layout_, "the index lacks a chunk of a saved tensor")
+    if number * n_steps > _MOST_CHUNKS_AT_ONCE:  # their elements may be few
+        raise LimitError(
+            f"{name!r}: {number * n_steps:,} chunks ({n_steps:,} steps of {number:,}) are asked "
+            f"for at once; at most {_MOST_CHUNKS_AT_ONCE:,} can be: read fewer steps, or less of "
+            "each",
+            name=name,
+        )
+    largest = math.prod(min(g or n, n) for n, g in zip(shape, grid, strict=True))
+    if largest > layout.MAX_CHUNK_RAW_NBYTES:  # an element has a byte at least
+        path = found.sources[layout_.sources[0]].segment.name.path
+        raise LimitError(
+            f"{path}: a chunk of {name!r} would have {largest:,} elements", file=path, name=name
+        )
+
+
 def _inner(found: Found, layout_: _Layout, touched: Touched, steps: _I64, entry: _I64) -> _I64:
     """Give which step of its payload each one is, and check the payloads' raw lengths."""
     rows = found.entries.rows
@@ -430,7 +457,8 @@ def _find_chunks(
     `rows_of_line` say where each step's chunk 0 is: all chunks of a saved tensor are in one
     segment.
     """
-    found, first, source = line.found, line.row[rows_of_line], line.source[rows_of_line]
+    found, source = line.found, line.source[rows_of_line]
+    first = line.row[rows_of_line].astype(np.int64, copy=False)
     numbers = touched.numbers
     n, m = len(steps), len(numbers)
     if m == 0:

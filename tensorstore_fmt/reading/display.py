@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from tensorstore_fmt.reading.run import Run
     from tensorstore_fmt.reading.tensor import Tensor
 
-__all__ = ["quoted", "run_html", "run_text", "size_text", "tensor_html", "tensor_text"]
+__all__ = ["printable", "quoted", "run_html", "run_text", "size_text", "tensor_html", "tensor_text"]
 
 _MOST_ROWS = 30
 _MOST_CHARACTERS = 80
@@ -19,8 +19,13 @@ _TIMES = " × "  # noqa: RUF001 - meant
 
 def quoted(text: str) -> str:
     """Give a name between quotes, without anything that could change a terminal."""
+    return f"'{printable(text)}'"
+
+
+def printable(text: str) -> str:
+    """Give the beginning of a text that a stranger wrote, safe for a terminal."""
     shown = text if len(text) <= _MOST_CHARACTERS else text[: _MOST_CHARACTERS - 1] + "…"
-    return "'" + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown) + "'"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
 
 
 def size_text(nbytes: int) -> str:
@@ -40,7 +45,7 @@ def _shape_text(shape: Sequence[int | None]) -> str:
 def tensor_rows(tensor: Tensor) -> list[tuple[str, str]]:
     """Say what a tensor is, from the catalogs alone."""
     rows = [
-        ("dtype", tensor.dtype_name if tensor.has_data else "only statistics"),
+        ("dtype", printable(tensor.dtype_name) if tensor.has_data else "only statistics"),
         ("shape", _shape_text(tensor.shape) if tensor.has_data else "-"),
         ("steps", _steps_text(tensor)),
         ("size", f"{size_text(tensor.nbytes)}, stored {size_text(tensor.stored_nbytes)}"),

@@ -20,6 +20,7 @@ from tensorstore_fmt import dtypes
 from tensorstore_fmt.errors import (
     ChecksumError,
     FormatError,
+    LimitError,
     MissingFileError,
     TensorStoreError,
 )
@@ -32,7 +33,7 @@ from tensorstore_fmt.reading.inline import gather_rows
 from tensorstore_fmt.reading.plan import merge_ranges
 from tensorstore_fmt.storage import Range, Storage
 
-__all__ = ["read_all"]
+__all__ = ["check_room", "read_all"]
 
 _I64 = NDArray[np.int64]
 _Array = NDArray[Any]
@@ -135,10 +136,28 @@ def read_all(storage: Storage, assemblies: Sequence[Assembly]) -> list[_Array]:
     return [_finish(assembly, result) for assembly, result in zip(assemblies, results, strict=True)]
 
 
+def check_room(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    """Refuse a shape that NumPy cannot have; it would take it for a wrong argument of ours.
+
+    Raises
+    ------
+    LimitError
+    """
+    # NumPy leaves axes without elements out, too.
+    if math.prod(n or 1 for n in shape) * dtype.itemsize > sys.maxsize:
+        raise LimitError(
+            f"{name!r}: no array can have the shape {shape} of {dtype}; read fewer steps, or less "
+            "of each",
+            name=name,
+        )
+
+
 def _room(assembly: Assembly) -> tuple[_Array, _Array]:
     """Give the array for a result with all axes, and a view of it in ascending order."""
-    n = len(assembly.chosen.steps)
-    result = np.empty((n, *assembly.selection.counts), dtypes.numpy_dtype(assembly.dtype))
+    shape = (len(assembly.chosen.steps), *assembly.selection.counts)
+    dtype = dtypes.numpy_dtype(assembly.dtype)
+    check_room(assembly.found.query.name, shape, dtype)
+    result = np.empty(shape, dtype)
     if not assembly.selection.is_flipped:
         return result, result
     flips = [slice(None, None, -1 if a.is_flipped else 1) for a in assembly.selection.axes]

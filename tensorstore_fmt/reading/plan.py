@@ -14,7 +14,7 @@ from tensorstore_fmt.errors import FormatError
 from tensorstore_fmt.format.grid import n_chunks
 from tensorstore_fmt.reading.selection import Axis, Selection
 
-__all__ = ["Merged", "Touched", "merge_ranges", "touched_chunks"]
+__all__ = ["Merged", "Touched", "merge_ranges", "n_touched", "touched_chunks"]
 
 _MOST_CHUNKS: Final = 2**32  # an entry's number of a chunk has 32 bits
 _MOST_WASTE: Final = 0.2  # bytes in gaps, per byte that is needed
@@ -51,6 +51,18 @@ class Touched:
 
     def __len__(self) -> int:
         return len(self.numbers)
+
+
+def n_touched(selection: Selection, shape: tuple[int, ...], grid: tuple[int, ...]) -> int:
+    """Give how many chunks `touched_chunks` would find, without listing them."""
+    if 0 in selection.counts:
+        return 0
+    number = 1
+    for axis, n, g in zip(selection.axes, shape, grid, strict=True):
+        length = g or n
+        span = (axis.start + (axis.count - 1) * axis.step) // length - axis.start // length + 1
+        number *= min(span, axis.count)
+    return number
 
 
 def touched_chunks(selection: Selection, shape: tuple[int, ...], grid: tuple[int, ...]) -> Touched:

@@ -21,7 +21,7 @@ from tensorstore_fmt.format import layout
 from tensorstore_fmt.reading.absence import absence, describe_query
 from tensorstore_fmt.reading.assembly import Assembly, assemble, choose
 from tensorstore_fmt.reading.entries import Query
-from tensorstore_fmt.reading.fetch import read_all
+from tensorstore_fmt.reading.fetch import check_room, read_all
 from tensorstore_fmt.reading.selection import normalize
 from tensorstore_fmt.reading.session import Session
 from tensorstore_fmt.reading.steps import StepSet
@@ -170,8 +170,9 @@ def _nothing(view: View, ask: Ask, line: Timeline) -> NDArray[Any]:
             f"{ask.wanted.high}, and its shape is not always the same",
             name=query.name,
         )
-    selection = normalize(ask.index, shape)
-    return np.empty((0, *selection.shape), dtypes.numpy_dtype(name).newbyteorder("="))
+    found, dtype = (0, *normalize(ask.index, shape).shape), dtypes.numpy_dtype(name)
+    check_room(query.name, found, dtype)
+    return np.empty(found, dtype.newbyteorder("="))
 
 
 def _shaped(ask: Ask, array: NDArray[Any]) -> Any:  # noqa: ANN401 - or a str

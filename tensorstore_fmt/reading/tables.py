@@ -61,7 +61,8 @@ _SCALARS_SCHEMA = pa.schema(
 def index_table(view: View) -> pa.Table:
     """Give what was saved, one row per name, kind, mode, worker, attempt, dtype and shape.
 
-    An axis of varying length is null in ``shape``. Counts include hidden steps.
+    An axis of varying length is null in ``shape``. Counts include hidden steps; nothing checks
+    the sums, which are the writer's, and they end at 2**63 - 1.
     """
     rows: dict[tuple[Any, ...], list[int]] = {}
     for segment in view.segments:
@@ -83,7 +84,7 @@ def index_table(view: View) -> pa.Table:
                 rows[identity] = [
                     min(known[0], series.first_step),
                     max(known[1], series.last_step),
-                    *(a + b for a, b in zip(known[2:], sums, strict=True)),
+                    *(_bounded(a + b) for a, b in zip(known[2:], sums, strict=True)),
                 ]
     ordered = sorted(rows)
     columns: list[list[Any]] = [
@@ -95,6 +96,11 @@ def index_table(view: View) -> pa.Table:
         [pa.array(c, f.type) for c, f in zip(columns, _INDEX_SCHEMA, strict=True)],
         schema=_INDEX_SCHEMA,
     )
+
+
+def _bounded(value: int) -> int:
+    """Keep a sum that somebody claims in 64 bits."""
+    return max(-(2**63), min(value, 2**63 - 1))
 
 
 def _names(view: View, names: Sequence[str] | None) -> list[str]:

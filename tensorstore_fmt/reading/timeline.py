@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +17,15 @@ from tensorstore_fmt.reading.view import View
 
 __all__ = ["Timeline", "timelines"]
 
-_MAX_STEPS: Final = 2**28
+# A page of some KB may claim 2**36 steps. Each that is listed costs about 16 bytes.
+_MAX_STEPS: Final = 2**26
+_STEPS_AT_ONCE: Final = 2**21
+_STEPS_OF_ENTRY: Final = 8  # that take less memory than an entry does
+_SAMPLES: Final = 257
 _ROW_NBYTES: Final = 128  # of an entry, about
 
 _I64 = NDArray[np.int64]
+_Numbers = NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +37,14 @@ class Timeline:
     found
         The entries.
     step, row, source
-        Shape (t,), int64: the step, the entry of its chunk 0, and its source in `found`.
+        Shape (t,), int64, the last two maybe narrower: the step, the entry of its chunk 0, and
+        its source in `found`.
     """
 
     found: Found
     step: _I64
-    row: _I64
-    source: _I64
+    row: _Numbers
+    source: _Numbers
 
     def __len__(self) -> int:
         return len(self.step)
@@ -102,38 +109,122 @@ def _resolve(view: View, found: Found) -> Timeline:
     """Resolve what is visible (spec, "What is visible", rules 2 to 4)."""
     query = found.query
     rows = found.entries.rows
-    row = np.flatnonzero(rows["chunk"] == 0)
-    source = found.source[row]
-    begin, stride, count = rows["step"][row], rows["stride"][row], found.count[row]
-    # Entries may begin before and end after what was asked for.
-    first = np.maximum(-((begin - query.low) // stride), 0)
     limit = np.full(len(found.sources), layout.MAX_STEP + 1, np.int64)
     if query.attempt is None:
         limit[:] = [view.visible_below(s.attempt) for s in found.sources]
-    high = np.minimum(limit[source] - 1, query.high)
-    end = np.minimum((high - begin) // stride + 1, count)
-    n = np.maximum(end - first, 0)
+    row = np.flatnonzero(rows["chunk"] == 0)
+    claims = _Claims(
+        row, found.source[row], rows["step"][row], rows["stride"][row], found.count[row],
+        limit[found.source[row]] - 1,
+    )  # fmt: skip
+    _, n = claims.within(query.low, query.high)
     total = int(n.sum())
     if total > _MAX_STEPS:
         raise LimitError(
-            f"{query.name!r}: its entries claim {total:,} steps; at most {_MAX_STEPS:,} are listed",
+            f"{query.name!r}: its entries claim {total:,} steps, and at most {_MAX_STEPS:,} are "
+            "listed at once; ask for fewer: a range of steps, one worker, one mode",
             name=query.name,
         )
-    if total == len(row) and (n == 1).all():
-        step = begin + first * stride
-    else:
-        ends = np.cumsum(n)
-        inner = np.arange(total) - np.repeat(ends - n - first, n)
-        step = np.repeat(begin, n) + inner * np.repeat(stride, n)
-        row, source = np.repeat(row, n), np.repeat(source, n)
-    line = Timeline(found, step, row, source)
-    if not (step[1:] > step[:-1]).all():
-        line = _winners(line)
+    ranges = _ranges(claims, query.low, query.high)
+    line = _joined(found, (_listed(found, claims, *each) for each in ranges))
     if query.worker is not None:
         is_theirs = np.array([s.worker == query.worker for s in found.sources], np.bool_)
         if not is_theirs.all():
             line = line.take(is_theirs[line.source])
     return line
+
+
+@dataclass(frozen=True, slots=True)
+class _Claims:
+    """What entries of chunk 0 say of steps: columns of shape (e,), int64.
+
+    Attributes
+    ----------
+    row, source
+        The entry, and its source.
+    begin, stride, count
+        Its steps.
+    last
+        The greatest step that is visible of its attempt.
+    """
+
+    row: _I64
+    source: _I64
+    begin: _I64
+    stride: _I64
+    count: _I64
+    last: _I64
+
+    def within(self, low: int, high: int) -> tuple[_I64, _I64]:
+        """Give of each entry which of its steps is the first from `low` to `high`, and how many.
+
+        Entries may begin before and end after that.
+        """
+        first = np.maximum(-((self.begin - low) // self.stride), 0)
+        most = np.minimum(self.last, high)
+        end = np.minimum((most - self.begin) // self.stride + 1, self.count)
+        return first, np.maximum(end - first, 0)
+
+    def median(self, low: int, high: int) -> int:
+        """Give about the middle of all steps from `low` to `high`; less than `high`."""
+        first, n = self.within(low, high)
+        ends = np.cumsum(n)
+        at = np.linspace(0, int(ends[-1]) - 1, _SAMPLES).astype(np.int64)
+        entry = ends.searchsorted(at, side="right")
+        inner = first[entry] + at - (ends[entry] - n[entry])
+        steps = np.sort(self.begin[entry] + inner * self.stride[entry])
+        return min(int(steps[_SAMPLES // 2]), high - 1)
+
+
+def _ranges(claims: _Claims, low: int, high: int) -> Iterator[tuple[int, int]]:
+    """Cut a range of steps so that few entries do not make many rows at once.
+
+    Each step is resolved by itself, and what that takes for a moment is several times what it
+    leaves.
+    """
+    total = int(claims.within(low, high)[1].sum())
+    if total <= max(_STEPS_AT_ONCE, _STEPS_OF_ENTRY * len(claims.row)) or low == high:
+        yield low, high
+        return
+    middle = claims.median(low, high)
+    yield from _ranges(claims, low, middle)
+    yield from _ranges(claims, middle + 1, high)
+
+
+def _listed(found: Found, claims: _Claims, low: int, high: int) -> Timeline:
+    """List the steps of a range, with what wins at each."""
+    row, source = claims.row, claims.source
+    first, n = claims.within(low, high)
+    total = int(n.sum())
+    step = claims.begin + first * claims.stride
+    if total != len(row) or not (n == 1).all():
+        ends = np.cumsum(n)
+        inner = np.arange(total) - np.repeat(ends - n, n)
+        inner *= np.repeat(claims.stride, n)
+        inner += np.repeat(step, n)
+        step, row, source = inner, np.repeat(row, n), np.repeat(source, n)
+    line = Timeline(found, step, row, source)
+    return line if (step[1:] > step[:-1]).all() else _winners(line)
+
+
+def _joined(found: Found, lines: Iterator[Timeline]) -> Timeline:
+    """Put timelines of ranges that follow each other together; row and source get narrow."""
+    first = next(lines)
+    following = next(lines, None)
+    if following is None:
+        return first
+    kind_of_row, kind_of_source = map(np.min_scalar_type, (len(found.entries), len(found.sources)))
+    steps: list[_I64] = []
+    rows: list[_Numbers] = []
+    sources: list[_Numbers] = []
+    for line in itertools.chain((first, following), lines):
+        steps.append(line.step)
+        rows.append(line.row.astype(kind_of_row))
+        sources.append(line.source.astype(kind_of_source))
+    del first, following, line
+    step = np.concatenate(steps)
+    steps.clear()
+    return Timeline(found, step, np.concatenate(rows), np.concatenate(sources))
 
 
 def _winners(line: Timeline) -> Timeline:

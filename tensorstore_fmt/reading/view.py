@@ -213,14 +213,11 @@ class View:
 
     @lazy
     def newest_writers(self) -> dict[int, list[Writer]]:
-        """Writers of the newest attempt, by worker; also workers that have none yet."""
-        if not self.attempts:
-            return {}
-        newest = [w for w in self.writers.values() if w.key.attempt == self.attempts[-1]]
-        n = max(self.num_workers, 1)  # there is one at least, even if its segments are damaged
-        by_worker: dict[int, list[Writer]] = {worker: [] for worker in range(n)}
-        for writer in newest:
-            by_worker.setdefault(writer.key.worker, []).append(writer)
+        """Writers of the newest attempt, by worker; workers that have none yet are not in it."""
+        by_worker: dict[int, list[Writer]] = {}
+        for writer in self.writers.values():
+            if writer.key.attempt == self.attempts[-1]:
+                by_worker.setdefault(writer.key.worker, []).append(writer)
         return by_worker
 
     @lazy
@@ -236,11 +233,17 @@ class View:
         )
 
     @lazy
+    def has_all_workers(self) -> bool:
+        """Whether every worker of the newest attempt has a writer."""
+        # Workers are below num_workers (checked with each header), so counting them is enough:
+        # a header may claim a million of them.
+        return bool(self.newest_writers) and len(self.newest_writers) == self.num_workers
+
+    @lazy
     def is_closed(self) -> bool:
         """Whether every worker of the newest attempt is there and has closed its writers."""
-        by_worker = self.newest_writers
-        return bool(by_worker) and all(
-            writers and all(w.is_closed for w in writers) for writers in by_worker.values()
+        return self.has_all_workers and all(
+            w.is_closed for writers in self.newest_writers.values() for w in writers
         )
 
     def resume_step(self, attempt: int) -> int:
@@ -271,15 +274,14 @@ class View:
         by_worker = self.newest_writers
         if worker is not None:
             by_worker = {worker: by_worker.get(worker, [])}
+        elif not self.has_all_workers:
+            return -1
         return min(
-            (
-                max(
-                    (_ALL if w.is_closed else w.header.complete_through[mode] for w in writers),
-                    default=-1,
-                )
-                for writers in by_worker.values()
-            ),
-            default=-1,
+            max(
+                (_ALL if w.is_closed else w.header.complete_through[mode] for w in writers),
+                default=-1,
+            )
+            for writers in by_worker.values()
         )
 
     def missing(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import basic_indices
 
 from tensorstore_fmt.format.grid import chunk_box, n_chunks
-from tensorstore_fmt.reading.plan import merge_ranges, touched_chunks
+from tensorstore_fmt.reading.plan import merge_ranges, n_touched, touched_chunks
 from tensorstore_fmt.reading.selection import normalize
 
 Case = tuple[tuple[int, ...], tuple[int, ...], object]
@@ -34,6 +34,7 @@ def test_chunks_put_together_are_what_numpy_gives(case: Case) -> None:
     selection = normalize(index, shape)
     assert selection.shape == expected.shape
     touched = touched_chunks(selection, shape, grid)
+    assert len(touched) == n_touched(selection, shape, grid)
     result = np.full(selection.counts, -1)
     flips = tuple(slice(None, None, -1 if a.is_flipped else 1) for a in selection.axes)
     target = result[(..., *flips)]
