@@ -270,7 +270,7 @@ def load_page(
         raise FormatError(f"{where}: a page is no zstd frame: {error}") from None
     if len(raw) != raw_nbytes:
         raise FormatError(f"{where}: a page has {len(raw)} bytes, not {raw_nbytes}")
-    check_stream(raw)
+    raw = check_stream(raw)
     try:
         with pa.ipc.open_stream(raw) as reader:
             found_schema = reader.schema
