@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import sys
 from argparse import Namespace
@@ -43,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names are in every script
     output = Output(is_json="--json" in words)
+    notes = _Notes(output)
+    logger = logging.getLogger("tensorstore_fmt")
+    logger.addHandler(notes)
     try:
         code = _run(words, output)
         sys.stdout.flush()
@@ -53,7 +57,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         output.note("interrupted")
         return EXIT_INTERRUPTED
+    finally:
+        logger.removeHandler(notes)
     return code
+
+
+class _Notes(logging.Handler):
+    """Says on stderr what the library has to say meanwhile: that a store is asked again."""
+
+    def __init__(self, output: Output) -> None:
+        super().__init__(logging.WARNING)
+        self._output = output
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one line."""
+        self._output.note(f"{PROGRAM}: {record.getMessage()}")
 
 
 def _run(words: Sequence[str], output: Output) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tensorstore_fmt.cli.failures import describe
 from tensorstore_fmt.cli.output import Output
 from tensorstore_fmt.cli.session import open_run, open_url, storage_options
-from tensorstore_fmt.cli.text import bytes_text, shape_text, steps_text
+from tensorstore_fmt.cli.text import bytes_text, shape_text, steps_text, time_text
 from tensorstore_fmt.errors import NotARunError, TensorStoreError
 from tensorstore_fmt.storage.folders import join
 
@@ -178,14 +178,12 @@ def _run_row(arguments: Namespace, name: str) -> dict[str, Any]:
 
 
 def _run_cells(row: dict[str, Any]) -> list[str]:
-    from datetime import UTC, datetime
-
     if "error" in row:
         return [row["run"], "", f"unreadable: {row['error']['code']}", "", "", ""]
-    created = datetime.fromtimestamp(row["created_us"] / 1e6, UTC)
+    created = time_text(row["created_us"])
     return [
         row["run"],
-        f"{created:%Y-%m-%d %H:%M}",
+        "?" if created is None else created[:16].replace("T", " "),
         "closed" if row["is_closed"] else "live",
         f"{row['names']:,}",
         "" if row["last_step"] is None else str(row["last_step"]),

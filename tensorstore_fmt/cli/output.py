@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from tensorstore_fmt.cli.text import escape, table
+from tensorstore_fmt.errors import LimitError
 
-__all__ = ["Output", "json_value"]
+__all__ = ["Output", "json_text", "json_value"]
 
 _REDRAW_S: Final = 0.1
 
@@ -56,6 +57,18 @@ def _plain_float(value: object) -> object:
     return int(number) if integral else json_value(number)
 
 
+def json_text(value: object, *, indent: int | None = None) -> str:
+    """Write strict JSON that a terminal does not obey, however deep the value is."""
+    try:
+        text = json.dumps(json_value(value), indent=indent, allow_nan=False, ensure_ascii=False)
+    except RecursionError:
+        raise LimitError("this is nested too deeply to be shown; read it from Python") from None
+    if text.replace("\n", "").isprintable():
+        return text
+    # In JSON such characters stand within strings only.
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
+
+
 class Output:
     """Where one call of the command writes.
 
@@ -80,7 +93,7 @@ class Output:
 
     def json(self, document: object) -> None:
         """Print the JSON document."""
-        print(json.dumps(json_value(document), indent=2, allow_nan=False, ensure_ascii=False))
+        print(json_text(document, indent=2))
 
     def line(self, text: str = "") -> None:
         """Print one line; the text is escaped."""

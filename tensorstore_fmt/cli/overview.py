@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from tensorstore_fmt.cli.failures import EXIT_PROBLEM, describe
-from tensorstore_fmt.cli.output import Output, json_value
+from tensorstore_fmt.cli.output import Output, json_text
 from tensorstore_fmt.cli.session import open_run
-from tensorstore_fmt.cli.text import bytes_text, steps_text
+from tensorstore_fmt.cli.text import bytes_text, steps_text, time_text
+from tensorstore_fmt.errors import LimitError
 
 if TYPE_CHECKING:
     from tensorstore_fmt.reading.run import Run
@@ -39,8 +38,8 @@ def _facts(run: Run) -> tuple[dict[str, Any], dict[str, list[int]]]:
     facts = {
         "run": run.describe(),
         "run_id": run.run_id,
-        "format_version": _version(run),
-        "created": datetime.fromtimestamp(run.created_us / 1e6, UTC).isoformat(),
+        "format_version": ".".join(map(str, run.format_version)),
+        "created": time_text(run.created_us),
         "created_us": run.created_us,
         "is_closed": run.is_closed,
         "num_workers": run.num_workers,
@@ -60,18 +59,12 @@ def _facts(run: Run) -> tuple[dict[str, Any], dict[str, list[int]]]:
     return facts, steps
 
 
-def _version(run: Run) -> str | None:
-    version = getattr(run, "format_version", None)
-    return None if version is None else ".".join(map(str, version))
-
-
 def _show(facts: dict[str, Any], steps: dict[str, list[int]], output: Output) -> None:
-    created = facts["created"][:19].replace("T", " ")
     rows = [
         ("run", facts["run"]),
         ("id", facts["run_id"]),
         ("format", facts["format_version"]),
-        ("created", f"{created} UTC"),
+        ("created", _time(facts)),
         ("state", "closed" if facts["is_closed"] else "live, or its writer died (see recover)"),
         ("workers", _workers(facts)),
         ("attempts", _list(facts["attempts"]) if facts["attempts"] != [0] else None),
@@ -85,10 +78,23 @@ def _show(facts: dict[str, Any], steps: dict[str, list[int]], output: Output) ->
         if text is not None:
             output.line(f"{label.ljust(width)}  {text}")
     for key, value in facts["attrs"].items():
-        text = json.dumps(json_value(value), ensure_ascii=False)
-        output.line(f"attr  {key} = {text}")
+        output.line(f"attr  {key} = {_attribute(value)}")
     for problem in facts["damage"]:
         output.line(f"DAMAGE  {problem['message']} ({problem['code']})")
+
+
+def _time(facts: dict[str, Any]) -> str:
+    created = facts["created"]
+    if created is None:
+        return f"{facts['created_us']} us after 1970, which is no year"
+    return f"{created[:19].replace('T', ' ')} UTC"
+
+
+def _attribute(value: object) -> str:
+    try:
+        return json_text(value)
+    except LimitError as error:  # the rest can be shown
+        return f"({error})"
 
 
 def _label(mode: str) -> str:

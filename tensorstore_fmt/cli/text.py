@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Final
 
-__all__ = ["bytes_text", "cut_middle", "escape", "number_text", "shape_text", "steps_text", "table"]
+__all__ = [
+    "bytes_text",
+    "cut_middle",
+    "escape",
+    "number_text",
+    "shape_text",
+    "steps_text",
+    "table",
+    "time_text",
+]
 
 _UNITS: Final = ("B", "kB", "MB", "GB", "TB", "PB")
 _SHORTEST_CUT: Final = 16  # columns that a name keeps however narrow the terminal is
 _SHOWN_RANGES: Final = 4
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def escape(text: str) -> str:
@@ -83,6 +94,17 @@ def steps_text(steps: Sequence[int]) -> str:
     if len(ranges) > _SHOWN_RANGES:
         shown += ["…", str(steps[-1])]
     return ", ".join(shown)
+
+
+def time_text(us: int) -> str | None:
+    """Give microseconds since 1970 as ISO 8601 in UTC; None beyond the years 1 to 9999.
+
+    They come from files, and may be any integer.
+    """
+    try:
+        return (_EPOCH + timedelta(microseconds=us)).isoformat()
+    except OverflowError:
+        return None
 
 
 def _ranges(steps: Sequence[int]) -> list[range]:

@@ -99,6 +99,11 @@ class Run:
         return self._session.view.info.run_id.hex()
 
     @property
+    def format_version(self) -> tuple[int, int]:
+        """Major and minor version of the format it was created with."""
+        return self._session.view.info.version
+
+    @property
     def created_us(self) -> int:
         """When it was created: microseconds since 1970 UTC."""
         return self._session.view.info.created_us

@@ -79,6 +79,10 @@ class Problem:
         return f"{text}; hits {_names_text(self.names)}" if self.names else text
 
 
+def _count(n: int, what: str, several: str | None = None) -> str:
+    return f"{n:,} {what}" if n == 1 else f"{n:,} {several or what + 's'}"
+
+
 class _Report:
     """What all reports have in common."""
 
@@ -131,11 +135,12 @@ class VerifyReport(_Report):
         return tuple(p for p in self.problems if p.severity == "damage")
 
     def __str__(self) -> str:
-        n = len(self.damage)
+        found = "ok" if self.ok else f"{_count(len(self.damage), 'place')} DAMAGED"
         text = (
-            f"{self.url}: {'ok' if self.ok else f'{n:,} places are DAMAGED'}; checked "
-            f"{self.segments:,} segments, {self.shards:,} shards, {self.entries:,} entries, "
-            f"{self.chunks:,} chunks, {self.nbytes / 1e6:,.1f} MB"
+            f"{self.url}: {found}; checked "
+            f"{_count(self.segments, 'segment')}, {_count(self.shards, 'shard')}, "
+            f"{_count(self.entries, 'entry', 'entries')}, {_count(self.chunks, 'chunk')}, "
+            f"{self.nbytes / 1e6:,.1f} MB"
         )
         if self.unreferenced_nbytes:
             text += f" ({self.unreferenced_nbytes / 1e6:,.1f} MB of payload are not referenced)"
@@ -221,7 +226,7 @@ class RecoverReport(_Report):
 
     def __str__(self) -> str:
         verb = "would be done" if self.dry_run else "done"
-        done = f"{len(self.actions):,} things {verb}" if self.actions else "nothing to do"
+        done = f"{_count(len(self.actions), 'thing')} {verb}" if self.actions else "nothing to do"
         state = "closed" if self.is_closed else "not closed"
         lines = [f"{self.url}: {done}; the run is {state}"]
         lines += _lines(self.actions, len(self.actions))
@@ -263,8 +268,9 @@ class CompactReport(_Report):
 
     def __str__(self) -> str:
         text = (
-            f"{self.url}: {self.segments_before:,} segments ({self.nbytes_before / 1e6:,.2f} MB) "
-            f"are {self.segments_after:,} now ({self.nbytes_after / 1e6:,.2f} MB)"
+            f"{self.url}: {_count(self.segments_before, 'segment')} "
+            f"({self.nbytes_before / 1e6:,.2f} MB) before, "
+            f"{self.segments_after:,} now ({self.nbytes_after / 1e6:,.2f} MB)"
             f"{', with a bundle' if self.has_bundle else ''}"
         )
         return "\n".join([text, *_lines(self.left, len(self.left))])
