@@ -148,8 +148,6 @@ def header(rng: random.Random, corpora: list[Files]) -> Work:
     files, path, editor = _segment(rng, corpora)
     for name in rng.choices(NUMBERS_OF_HEADER, k=rng.randint(1, 3)):
         editor.header[name] = number(rng, int(editor.first[name].reshape(-1)[0]))
-    if editor.header.get("num_workers", 0) % 2**32 > KNOWN_WORKERS:
-        editor.header["num_workers"] = KNOWN_WORKERS
     return _used(files, path, editor)
 
 
@@ -339,15 +337,9 @@ TARGETS: Final[dict[str, tuple[int, Callable[[random.Random, list[Files]], Work]
 # --- the loop ---------------------------------------------------------------------------------
 
 
-# Reported, and waiting in test_hostile_known.py: places whose failures are counted, not fatal.
-KNOWN: Final = {
-    ("MemoryError", "touched_chunks"), ("ValueError", "touched_chunks"), ("ValueError", "_room"),
-    ("MemoryError", "_room"), ("MemoryError", "_resolve"), ("OverflowError", "index_table"),
-}  # fmt: skip
-
-
-# More make a reader fill memory for half a minute: see test_hostile_known.py.
-KNOWN_WORKERS: Final = 2**12
+# Counted, not fatal: a result that was asked for and does not fit. Few bytes may stand for many
+# equal steps.
+KNOWN: Final = {("MemoryError", "_room")}
 
 
 class Fuzzer:

@@ -18,7 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 from robustness.fuzz_corpus import by_hand, codecs
-from robustness.fuzz_format import KNOWN, KNOWN_WORKERS, limit_memory, use
+from robustness.fuzz_format import KNOWN, limit_memory, use
 from support.goals import record
 from support.mutate import (
     NUMBERS_OF_HEADER,
@@ -73,8 +73,7 @@ def header_cases() -> Iterator[Case]:
                 f"header {field} {size}",
                 _with(lambda e, f=field, s=size: _set(e.header, f, s)),
             )
-            if field != "num_workers" or size % 2**32 < KNOWN_WORKERS:
-                yield (f"newest header {field} {size}", lambda f=field, s=size: _newest(f, s))
+            yield (f"newest header {field} {size}", lambda f=field, s=size: _newest(f, s))
 
 
 def _newest(field: str, size: int) -> Files:
