@@ -9,11 +9,12 @@ from typing import Final
 
 from tensorstore_fmt.format import layout, segment
 from tensorstore_fmt.storage import Storage
+from tensorstore_fmt.writing.carried import Carried, bound
 from tensorstore_fmt.writing.commit import collect, tables
 from tensorstore_fmt.writing.encoders import EncoderPool
 from tensorstore_fmt.writing.failures import Failures
 from tensorstore_fmt.writing.options import MIB, WriterOptions
-from tensorstore_fmt.writing.pending import Generation, PendingEntry
+from tensorstore_fmt.writing.pending import Generation
 from tensorstore_fmt.writing.segments import SegmentLog
 from tensorstore_fmt.writing.shards import ShardSink
 
@@ -72,7 +73,7 @@ class Committer:
         self._is_stopping = False
         self._is_tainted = False
         self._failed_syncs = 0
-        self._carried: list[tuple[int, list[PendingEntry]]] = []
+        self._carried: Carried = []
         self.dropped = 0
         self._thread = threading.Thread(
             target=self._run, name="tensorstore_fmt-committer", daemon=True
@@ -170,7 +171,7 @@ class Committer:
         if not self._failures.attempt(
             lambda: self._segments.publish(header, tables(self._carried)), undo=lambda: None
         ):
-            self._bound_carried()
+            self.dropped += bound(self._carried, _CARRIED_NBYTES)
             return False
         self._carried = []
         self._pool.committed(generation.number)
@@ -187,13 +188,3 @@ class Committer:
             self._failures.note(error)
             return False
         return True
-
-    def _bound_carried(self) -> None:
-        """Keep what could not be published within bounds: the oldest goes first."""
-        size = 0
-        for i in range(len(self._carried) - 1, -1, -1):
-            number, entries = self._carried[i]
-            size += sum(256 + len(e.placed.inline or b"") for e in entries)
-            if size > _CARRIED_NBYTES and entries:
-                self.dropped += sum(e.count for e in entries)
-                self._carried[i] = (number, [])
