@@ -93,30 +93,29 @@ def _part(half: np.ndarray, worker: int) -> Part:
 @cache
 def parts() -> Corpus:
     """Give a run of two workers that save the halves of a tensor, modes, and two attempts."""
-    wholes = {s: np.arange(160, dtype=np.float32).reshape(4, 40) * (s + 1) for s in range(4)}
-    evals = {s: np.full(3, s, np.int64) for s in range(4)}
+    wholes = {s: np.arange(160, dtype=np.float32).reshape(4, 40) * (s + 1) for s in range(3)}
+    evals = {s: np.full(3, s, np.int64) for s in range(3)}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "run"
         for attempt in (0, 1):
-            steps = range(3) if attempt == 0 else range(2, 4)
+            steps = range(2) if attempt == 0 else range(1, 3)
             for worker in (0, 1):
                 with create_test_run(
                     folder, worker=worker, num_workers=2, attrs=ATTRS,
-                    resume_from=2 if attempt else None,
+                    resume_from=1 if attempt else None,
                     new_id=iter(range(worker * 10 + attempt * 100 + 1, 10**6)).__next__,
                 ) as run:  # fmt: skip
                     for step in steps:
                         half = wholes[step][2 * worker : 2 * worker + 2]
-                        shift = 0 if attempt or step < 2 else 1
+                        shift = 0 if attempt or step < 1 else 1
                         run.log({"w": _part(half + shift, worker)}, step=step)
                         if worker == 0:
                             run.log({"acc": evals[step] + shift}, step=step, mode="EVAL")
-                        run.flush()
         files = load(folder)
     answers = [
         Answer("w", dict(wholes)),
         Answer("w", {s: v[:2] for s, v in wholes.items()}, {"worker": 0}),
-        Answer("w", {s: wholes[s] + (s == 2) for s in range(3)}, {"attempt": 0}),
+        Answer("w", {s: wholes[s] + (s == 1) for s in range(2)}, {"attempt": 0}),
         Answer("acc", dict(evals)),
         Answer("acc", dict(evals), {"mode": "EVAL"}),
     ]
@@ -139,6 +138,8 @@ def by_hand() -> Corpus:
             Put(name="t", step=0, value=np.zeros(3)),
             Put(name="c", step=0, value=np.full(9, 2.5), codec=layout.CODEC_CONSTANT),
             Put(name="z", step=0, value=np.zeros((0, 4), np.int8)),
+            Put(name="v", step=0, value=np.arange(3, dtype=np.int16), shape=(-1,)),
+            Put(name="t", step=1, value=None, dtype="float64", shape=(3,)),
             *(step_row(s) for s in range(6)),
             through=5,
         )
@@ -150,6 +151,7 @@ def by_hand() -> Corpus:
         Answer("s", {2 + 2 * i: np.arange(4.0) + 4 * i for i in range(3)}),
         Answer("t", {0: np.ones(3)}, older={0: np.zeros(3)}),
         Answer("c", {0: np.full(9, 2.5)}),
+        Answer("v", {0: np.arange(3, dtype=np.int16)}),
         Answer("z", {0: np.zeros((0, 4), np.int8)}),
     ]
     return files, Oracle(answers, ATTRS)

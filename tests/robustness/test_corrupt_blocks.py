@@ -1,6 +1,6 @@
 """D3, D4: files cut at every byte, blocks zeroed, moved and swapped, files of other runs.
 
-``TSF_COUNT`` multiplies the trials; beyond 1 every file of every run is cut at every byte.
+Every file of every run is cut at every byte; ``TSF_COUNT`` multiplies the other trials.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 from robustness.fuzz_corpus import RUNS, codecs
-from support.goals import COUNT, SEED, trials
+from support.goals import SEED, trials
 from support.mutate import (
     Files,
     MemoryStorage,
@@ -23,6 +23,7 @@ from support.mutate import (
     irrelevant,
     may_be_missed,
 )
+from support.rereading import Rereader, remembered_parsing
 
 from tensorstore_fmt.format import layout
 from tensorstore_fmt.reading.run import Run
@@ -33,47 +34,50 @@ BLOCKS = (512, 4096)
 
 # --- D3 -----------------------------------------------------------------------------------
 
-STRIDES = {"live": 1, "by-hand": 23, "parts": 211}
-OTHER_STRIDE = 53
-SHARD_STRIDE = 9
-
 
 class Cutter:
     """Cuts files of a run."""
 
     def __init__(self, files: Files, oracle: Oracle) -> None:
-        self.files, self.oracle = files, oracle
-        self.irrelevant = irrelevant(files)
-
-    def cut(self, path: str, nbytes: int) -> Outcome:
-        changed = {**self.files, path: self.files[path][:nbytes]}
-        return examine(changed, self.oracle, turn=nbytes)
+        self.files = files
+        self.needed = {path: _needed(files, path) for path in files}
+        self.rereader = Rereader(files, oracle)
 
     def check(self, path: str, nbytes: int) -> Outcome:
         """Cut; nothing that is missing may be passed over in silence."""
-        outcome = self.cut(path, nbytes)
-        gone = range(nbytes, len(self.files[path]))
-        places = self.irrelevant.get(path, [])
+        data = self.files[path]
+        outcome = self.rereader.reread(
+            path, data[:nbytes], begin=nbytes, end=len(data), turn=nbytes
+        )
         if path.startswith("index/") and layout.BUNDLE not in self.files:
             if not outcome.has_damage and not outcome.is_refused:
                 raise WrongError("a cut segment that nobody reports")
-        elif not outcome.is_detected and not all(may_be_missed(places, at) for at in gone):
+        elif not outcome.is_detected and nbytes < self.needed[path]:
             raise WrongError("bytes that matter are missing in silence")
         return outcome
 
 
+def _needed(files: Files, path: str) -> int:
+    """Say where the last byte of a file ends that may not be missed."""
+    places = irrelevant(files).get(path, [])
+    offsets = range(len(files[path]) - 1, -1, -1)
+    return next((at + 1 for at in offsets if not may_be_missed(places, at)), 0)
+
+
 @pytest.mark.parametrize("name", list(RUNS))
 def test_cut_files_are_refused_or_a_shorter_run_is_announced(name: str) -> None:
+    """Every file is cut at every byte."""
     files, oracle = RUNS[name]()
-    cutter, tally = Cutter(files, oracle), Tally(f"D3 {name}")
-    stride = 1 if COUNT > 1 else STRIDES.get(name, OTHER_STRIDE)
-    for path, data in files.items():
-        is_shard = path.startswith("shards/") and COUNT <= 1
-        for nbytes in range(0, len(data), max(stride, SHARD_STRIDE) if is_shard else stride):
-            tally.trial(
-                f"{path} cut at {nbytes}", lambda p=path, n=nbytes: cutter.check(p, n)
-            )  # fmt: skip
+    tally = Tally(f"D3 {name}")
+    with remembered_parsing():
+        cutter = Cutter(files, oracle)
+        for path, data in files.items():
+            for nbytes in range(len(data)):
+                tally.trial(
+                    f"{path} cut at {nbytes}", lambda p=path, n=nbytes: cutter.check(p, n)
+                )  # fmt: skip
     tally.finish(most_mib=128)
+    assert tally.trials == sum(len(data) for data in files.values())
 
 
 # --- D4 -----------------------------------------------------------------------------------

@@ -13,34 +13,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from robustness.fuzz_corpus import RUNS, codecs, copied
-from support.goals import COUNT, SEED, record, trials
+from support.goals import SEED, record, trials
 from support.mutate import (
     Files,
-    MemoryStorage,
-    Oracle,
     Outcome,
     Tally,
-    WrongError,
-    ask_all,
-    examine,
     irrelevant,
     may_be_missed,
+    opened,
     payload_ranges,
 )
+from support.rereading import Rereader, check_sound, remembered_parsing
 
 from tensorstore_fmt.format import layout
-from tensorstore_fmt.reading.run import Run
-from tensorstore_fmt.reading.session import Session
 from tensorstore_fmt.upkeep import verify
-
-# By default every byte that must be noticed of a live run; others of its bytes, and the files that
-# repeat its forms, less densely.
-STRIDES = {
-    ("live", "index"): 1, ("live", "run.json"): 1, ("live", "shards"): 1,
-    ("closed", "index.bundle"): 9, ("by-hand", "index"): 6, ("parts", "index"): 101,
-}  # fmt: skip
-OTHER_STRIDE = 37
-UNNOTICED_STRIDE = 5
 
 
 def bits(offset: int) -> list[int]:
@@ -49,64 +35,64 @@ def bits(offset: int) -> list[int]:
     return [(offset * 5 + 3 * SEED + 3 + i) % 8 for i in range(n)]
 
 
-def offsets(run: str, path: str, nbytes: int) -> range:
-    """Give the bytes of a file that are flipped."""
-    stride = STRIDES.get((run, path.partition("/")[0]), OTHER_STRIDE)
-    return range(0, nbytes, 1 if COUNT > 1 else stride)
-
-
 def flipped(data: bytes, offset: int, bit: int) -> bytes:
     return data[:offset] + bytes([data[offset] ^ 1 << bit]) + data[offset + 1 :]
 
 
-class Examiner:
-    """Reads a run again and again; the index only when it changes."""
-
-    def __init__(self, files: Files, oracle: Oracle) -> None:
-        self.files, self.oracle = files, oracle
-        self.storage = MemoryStorage(files)
-        self.run = Run(Session("memory://run", None, storage=self.storage))
-
-    def flip(self, path: str, offset: int, bit: int) -> Outcome:
-        """Damage one bit, and read all."""
-        turn = None if COUNT > 1 else offset
-        changed = flipped(self.files[path], offset, bit)
-        if not path.startswith("shards/"):
-            return examine({**self.files, path: changed}, self.oracle, turn=turn)
-        # Opening reads no shard: what is open may go on.
-        self.storage.files[path] = changed
-        outcome = Outcome()
-        try:
-            ask_all(self.run, self.oracle, outcome, turn=turn)
-        finally:
-            self.storage.files[path] = self.files[path]
-        return outcome
+def test_every_codec_is_in_these_runs() -> None:
+    """Also both ways to store a payload, repeats, digests, strings, statistics, both states."""
+    found: set[tuple[str, object]] = set()
+    for make in RUNS.values():
+        files, _ = make()
+        view = opened(files)._session.view
+        found |= {("closed", s.head.header.is_closed) for s in view.segments}
+        for segment in view.segments:
+            catalog = segment.head.catalog
+            for number in segment.head.entry_pages().tolist():
+                row, data = segment.head.root[number], files[segment.name.path]
+                page = data[int(row["offset"]) : int(row["offset"]) + int(row["nbytes"])]
+                entries = segment.head.decode_entries(number, page).rows
+                found |= {("codec", int(codec)) for codec in entries["codec"]}
+                found |= {("flags", int(flags)) for flags in entries["flags"]}
+                found |= {("inline", bool(s == layout.INLINE_SHARD)) for s in entries["shard"]}
+            found |= {("kind", int(kind)) for kind in catalog.kind}
+            found |= {("dtype", catalog[n].dtype) for n in range(len(catalog))}
+            found |= {("varies", bool(n)) for n in catalog.varying}
+    wanted = {("codec", codec) for codec in layout.CODEC_NAMES}
+    wanted |= {("kind", kind) for kind in (0, 1, 2)} | {("dtype", "string")}
+    wanted |= {("flags", flags) for flags in (0, layout.ENTRY_REPEAT, layout.ENTRY_HAS_DIGEST)}
+    wanted |= {(what, value) for what in ("closed", "inline", "varies") for value in (True, False)}
+    assert wanted <= found, wanted - found
 
 
 @pytest.mark.parametrize("name", list(RUNS))
 def test_flipped_bits_are_noticed_or_do_not_matter(name: str) -> None:
+    """Every byte of every file."""
     files, oracle = RUNS[name]()
-    examiner, tally = Examiner(files, oracle), Tally(f"D1 {name}")
-    missed: Counter[str] = Counter()
-    for path, data in files.items():
-        places = irrelevant(files).get(path, [])
-        for offset in offsets(name, path, len(data)):
-            expected = not may_be_missed(places, offset)
-            if not expected and offset % UNNOTICED_STRIDE and COUNT <= 1:
-                continue
-            for bit in bits(offset):
+    tally, missed = Tally(f"D1 {name}"), Counter[str]()
+    with remembered_parsing():
+        rereader = Rereader(files, oracle)
+        for path, data in files.items():
+            places = irrelevant(files).get(path, [])
+            for offset in range(len(data)):
+                expected = not may_be_missed(places, offset)
+                for bit in bits(offset):
 
-                def work(path: str = path, offset: int = offset, bit: int = bit) -> Outcome:
-                    outcome = examiner.flip(path, offset, bit)
-                    if outcome.is_detected != expected:  # noqa: B023 - called at once
-                        raise WrongError(f"detected {outcome.is_detected}, {outcome}")
-                    return outcome
+                    def work(path: str = path, offset: int = offset, bit: int = bit) -> Outcome:
+                        changed = flipped(data, offset, bit)  # noqa: B023 - called at once
+                        turn = 8 * offset + bit
+                        outcome = rereader.reread(
+                            path, changed, begin=offset, end=offset + 1, turn=turn
+                        )
+                        return check_sound(outcome, expected=expected)  # noqa: B023 - at once
 
-                tally.trial(f"{path} byte {offset} bit {bit}", work)
-            if not expected:
-                missed[_reason(places, offset)] += 1
-    record(f"D2 {name}", tally.trials, unnoticed_as_they_may=dict(missed))
+                    tally.trial(f"{path} byte {offset} bit {bit}", work)
+                if not expected:
+                    missed[_reason(places, offset)] += 1
+    nbytes = sum(len(data) for data in files.values())
+    record(f"D2 {name}", nbytes, never_read=rereader.never_read, unnoticed_as_they_may=dict(missed))
     tally.finish(most_mib=128)
+    assert tally.trials == nbytes * len(bits(0))
 
 
 def _reason(places: list[tuple[int, int, str]], offset: int) -> str:

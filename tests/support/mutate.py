@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import itertools
 import resource
@@ -28,6 +29,8 @@ from tensorstore_fmt.reading.session import Session
 from tensorstore_fmt.storage import FileInfo, Listing, Prefix, Range, Request, Storage
 
 T = TypeVar("T")
+
+SPEC: Final = Path(__file__).resolve().parents[2] / "spec" / "format.md"
 
 Files = dict[str, bytes]
 """The files of a run: path relative to it, and the bytes."""
@@ -197,26 +200,32 @@ def examine(files: Mapping[str, bytes], oracle: Oracle, *, turn: int | None = No
 def examine_storage(storage: Storage, oracle: Oracle, *, turn: int | None = None) -> Outcome:
     """Do as `examine`, with any storage."""
     outcome = Outcome()
+    session = caught_opening(storage, outcome)
+    if session is not None:
+        ask_all(Run(session), oracle, outcome, turn=turn)
+    return outcome
+
+
+def caught_opening(storage: Storage, outcome: Outcome) -> Session | None:
+    """Open a run; what is damaged must be said, and goes to `outcome`. None if it is refused."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             session = Session("memory://run", None, storage=storage)
-            session.view  # noqa: B018 - looks at the run
+            damage = session.view.damage
         except TensorStoreError as error:
             outcome.codes.add(error.code)
             outcome.is_refused = True
-            return outcome
-    run = Run(session)
-    outcome.has_damage = bool(run.damage)
+            return None
+    outcome.has_damage = bool(damage)
     if outcome.has_damage != any(issubclass(w.category, RuntimeWarning) for w in caught):
         raise WrongError("damage and its warning do not go together")
-    outcome.codes |= {problem.code for problem in run.damage}
-    ask_all(run, oracle, outcome, turn=turn)
-    return outcome
+    outcome.codes |= {problem.code for problem in damage}
+    return session
 
 
-def ask_all(run: Run, oracle: Oracle, outcome: Outcome, *, turn: int | None = None) -> None:
-    """Ask an open run for everything; `turn` as in `examine`."""
+def check_names(run: Run, oracle: Oracle, outcome: Outcome) -> None:
+    """Check attributes and names."""
     if run.attrs != oracle.attrs:
         raise WrongError(f"attrs are {run.attrs}")
     names = set(run.names())
@@ -224,6 +233,11 @@ def ask_all(run: Run, oracle: Oracle, outcome: Outcome, *, turn: int | None = No
         raise WrongError(f"names that were never logged: {names - set(oracle.names)}")
     if names != set(oracle.names) and not outcome.has_damage:
         raise WrongError(f"names are missing in silence: {set(oracle.names) - names}")
+
+
+def ask_all(run: Run, oracle: Oracle, outcome: Outcome, *, turn: int | None = None) -> None:
+    """Ask an open run for everything; `turn` as in `examine`."""
+    check_names(run, oracle, outcome)
     told = _ask_at_once(run, oracle, outcome)
     if told is None:
         return
@@ -235,7 +249,7 @@ def ask_all(run: Run, oracle: Oracle, outcome: Outcome, *, turn: int | None = No
         picked = {turn % n, (turn * 7 + 3) % n}
         answers = [a for i, a in enumerate(answers) if i in picked or a.name == told]
     for answer in answers:
-        _ask(run, answer, outcome)
+        ask(run, answer, outcome)
 
 
 def _ask_at_once(run: Run, oracle: Oracle, outcome: Outcome) -> str | None:
@@ -262,7 +276,7 @@ def _ask_at_once(run: Run, oracle: Oracle, outcome: Outcome) -> str | None:
     return None
 
 
-def _ask(run: Run, answer: Answer, outcome: Outcome) -> None:
+def ask(run: Run, answer: Answer, outcome: Outcome) -> None:
     wanted = answer.values
     try:
         tensor = run[answer.name].select(**answer.select)
@@ -361,17 +375,29 @@ def _kind(outcome: Outcome) -> str:
 
 def payload_ranges(files: Mapping[str, bytes]) -> dict[str, list[tuple[int, int]]]:
     """Give the bytes of each shard that entries of maximal segments name."""
-    found: dict[str, list[tuple[int, int]]] = {}
+    return {p: [(a, b) for a, b, _ in found] for p, found in _payloads(files).items()}
+
+
+def _payloads(files: Mapping[str, bytes]) -> dict[str, list[tuple[int, int, bool]]]:
+    """Give the same, each with whether a later flush of its writer saved the step again."""
+    found: dict[str, list[tuple[int, int, bool]]] = {}
+    saves: dict[tuple[object, ...], int] = {}
+    places: list[tuple[tuple[object, ...], int, str, int, int]] = []
     for segment in opened(files)._session.view.segments:
         data = files[segment.name.path]
         for number in segment.head.entry_pages().tolist():
             row = segment.head.root[number]
             page = data[int(row["offset"]) : int(row["offset"]) + int(row["nbytes"])]
             for each in segment.head.decode_entries(number, page).rows:
+                series, flush = segment.head.catalog[int(each["series"])], int(each["last_flush"])
+                tensor = (segment.name.key, series.group, int(each["step"]), int(each["count"]))
+                saves[tensor] = max(flush, saves.get(tensor, 0))
                 if each["shard"] != layout.INLINE_SHARD:
                     path = segment.head.shards[int(each["shard"])][0].path
                     begin = int(each["offset"])
-                    found.setdefault(path, []).append((begin, begin + int(each["nbytes"])))
+                    places.append((tensor, flush, path, begin, begin + int(each["nbytes"])))
+    for tensor, flush, path, begin, end in places:
+        found.setdefault(path, []).append((begin, end, flush < saves[tensor]))
     return found
 
 
@@ -538,35 +564,52 @@ def mended_bundle(data: bytes, *, header: Mapping[int, bytes], table: Mapping[in
 
 
 def irrelevant(files: Mapping[str, bytes]) -> dict[str, list[tuple[int, int, str]]]:
-    """Give the bytes whose damage a reader need not notice, each with the reason in the spec.
+    """Give the bytes whose damage a reader need not notice, each with its row in the spec.
 
-    Every byte that is not in here has to be noticed by whoever reads all of the run.
+    The table "unnoticed" of the spec says why. Every byte that is not in here has to be noticed
+    by whoever reads all of the run.
     """
     found: dict[str, list[tuple[int, int, str]]] = {}
     view = opened(files)._session.view
     names = {segment.name.path: segment for segment in view.segments}
-    payloads = payload_ranges(files)
+    payloads = _payloads(files)
     for path, data in files.items():
         if path == layout.BUNDLE:
-            found[path] = [(0, len(data), "9: a damaged bundle is ignored, it is a cache")]
+            found[path] = [(0, len(data), "bundle")]
         elif path.startswith(layout.LOCKS_DIR + "/"):
-            found[path] = [(0, len(data), "4: ignored by readers")]
+            found[path] = [(0, len(data), "lock")]
         elif path.startswith(layout.SHARDS_DIR + "/"):
             found[path] = [
-                (begin, end, "4: bytes of a shard that no segment names do not exist for a reader")
-                for begin, end in _gaps(payloads.get(path, []), len(data))
+                (begin, end, "shard structure")
+                for begin, end in _gaps([p[:2] for p in payloads.get(path, [])], len(data))
+            ] + [
+                (begin, end, "replaced payload")
+                for begin, end, is_replaced in payloads.get(path, [])
+                if is_replaced
             ]
         elif path in names and layout.BUNDLE in files:
-            found[path] = [(0, len(data), "10.1: the bundle stands for it; whole segments are in")]
+            found[path] = [(0, len(data), "bundled segment")]
         elif path in names:
             root = names[path].head.header.root_nbytes
             found[path] = [
-                (0, 256 + root, "6.1: replaced by the copy at the end"),
-                (len(data) - 256 - root, len(data), "6.1: copies need not be read"),
+                (0, 256 + root, "first header and root"),
+                (len(data) - 256 - root, len(data), "last header and root"),
             ]
         elif path.startswith(layout.INDEX_DIR + "/"):
-            found[path] = [(0, len(data), "4: not maximal, covered by another segment")]
+            found[path] = [(0, len(data), "covered segment")]
+    allowed = unnoticed_places()
+    assert all(place in allowed for places in found.values() for _, _, place in places)
     return found
+
+
+@functools.cache
+def unnoticed_places() -> frozenset[str]:
+    """Give the first column of the spec's table of bytes whose damage need not be noticed."""
+    lines = SPEC.read_text("utf-8").splitlines()
+    rows = itertools.takewhile(
+        lambda line: line.startswith("|"), lines[lines.index("<!-- table: unnoticed -->") + 3 :]
+    )
+    return frozenset(row.split("|")[1].strip() for row in rows)
 
 
 def _gaps(ranges: Iterable[tuple[int, int]], nbytes: int) -> list[tuple[int, int]]:
