@@ -1,0 +1,173 @@
+"""What goes through modules: inputs, outputs, gradients of outputs, losses."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from tensorstore_fmt.hooks.collections import Chooser
+from tensorstore_fmt.hooks.guard import Guard
+from tensorstore_fmt.hooks.recorder import Recorder
+from tensorstore_fmt.hooks.torch_values import walk
+
+__all__ = ["ModuleHooks", "in_backward", "inner_module"]
+
+
+def inner_module(module: torch.nn.Module) -> torch.nn.Module:
+    """Give the module inside what `torch.compile` and DistributedDataParallel put around it."""
+    while True:
+        original = getattr(module, "_orig_mod", None)
+        if original is None and isinstance(
+            module, torch.nn.parallel.DistributedDataParallel | torch.nn.DataParallel
+        ):
+            original = module.module
+        if not isinstance(original, torch.nn.Module):
+            return module
+        module = original
+
+
+def in_backward() -> bool:
+    """Say whether autograd runs backward in this thread: checkpointing recomputes there."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+class ModuleHooks:
+    """Forward hooks on all modules whose inputs or outputs any collection may want."""
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        *,
+        loss: torch.nn.Module | None,
+        recorder: Recorder,
+        chooser: Chooser,
+        guard: Guard,
+    ) -> None:
+        self._module = module
+        self._loss = loss
+        self._recorder = recorder
+        self._chooser = chooser
+        self._guard = guard
+        self._calls: Counter[str] = Counter()
+        self._recalls: Counter[str] = Counter()
+        self._has_gradient: set[str] = set()
+        self._was_forward = False
+        self._has_warned = False
+        self._watched: set[str] = set()  # paths of what has hooks inside the model
+
+    def begin(self) -> None:
+        """Forget the calls of the step before; warn if modules that were chosen never ran."""
+        if (
+            self._was_forward
+            and self._watched
+            and not self._has_warned
+            and self._watched.isdisjoint(self._calls)
+        ):
+            self._has_warned = True
+            warnings.warn(
+                "no module inside the model called its hooks during a step: attach before the "
+                "first call of a compiled model, or call torch._dynamo.reset() after attaching",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        self._calls.clear()
+        self._recalls.clear()
+        self._has_gradient.clear()
+        self._was_forward = False
+
+    def register(self) -> list[RemovableHandle]:
+        """Put the hooks on; give their handles."""
+        handles = []
+        wants_inputs = self._chooser.may_want("input")
+        wants_outputs = self._chooser.may_want("output") or self._chooser.may_want(
+            "output_gradient"
+        )
+        for path, module in self._module.named_modules():
+            is_leaf = next(module.children(), None) is None
+            if wants_inputs or wants_outputs:
+                if path:
+                    self._watched.add(path)
+                if wants_inputs:
+                    handles.append(self._hook_inputs(module, path, is_leaf=is_leaf))
+                handles.append(self._hook_outputs(module, path, is_leaf=is_leaf))
+            elif not path and self._chooser.may_want("loss"):
+                handles.append(self._hook_outputs(module, path, is_leaf=is_leaf))
+        if self._loss is not None and self._chooser.may_want("loss"):
+            hook = _eager(self._guard("the loss", self._after_loss))
+            handles.append(self._loss.register_forward_hook(hook))
+        return handles
+
+    def _hook_inputs(self, module: torch.nn.Module, path: str, *, is_leaf: bool) -> RemovableHandle:
+        # Before the forward: a module may change its inputs in place.
+        def before(_module: object, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+            if self._recorder.is_due and not in_backward():
+                for value in (args, kwargs):
+                    for name, tensor in walk(value, _place(path, self._calls[path], "input")):
+                        self._recorder.take("input", name, tensor, path, is_leaf=is_leaf)
+
+        hook = _eager(self._guard(f"the inputs of {path or 'the model'}", before))
+        return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def _hook_outputs(
+        self, module: torch.nn.Module, path: str, *, is_leaf: bool
+    ) -> RemovableHandle:
+        def after(_module: object, _args: object, output: object) -> None:
+            if self._recorder.is_due:
+                self._take_output(path, output, is_leaf=is_leaf)
+
+        hook = _eager(self._guard(f"the outputs of {path or 'the model'}", after))
+        return module.register_forward_hook(hook)
+
+    def _take_output(self, path: str, output: object, *, is_leaf: bool) -> None:
+        recorder = self._recorder
+        if not path:
+            self._was_forward = True
+        is_again = in_backward()
+        counts = self._recalls if is_again else self._calls
+        call = counts[path]
+        counts[path] += 1
+        for name, tensor in walk(output, _place(path, call, "output")):
+            if not is_again:
+                recorder.take("output", name, tensor, path, is_leaf=is_leaf)
+                if not path and name == "output/loss" and tensor.numel() == 1:
+                    recorder.take("loss", "loss", tensor)
+            self._watch_gradient(name, tensor, path, is_leaf=is_leaf)
+
+    def _watch_gradient(self, name: str, tensor: torch.Tensor, path: str, *, is_leaf: bool) -> None:
+        name = f"gradient/{name}"
+        if not tensor.requires_grad or name in self._has_gradient:
+            return
+        wanted = self._chooser.wanted("output_gradient", name, path, is_leaf=is_leaf)
+        if wanted is None and not self._recorder.is_awaited(name):
+            return
+        self._has_gradient.add(name)
+        recorder, step = self._recorder, self._recorder.step
+
+        def take(gradient: torch.Tensor) -> None:
+            if recorder.is_due and recorder.step == step:
+                recorder.take("output_gradient", name, gradient, path, is_leaf=is_leaf)
+
+        # The closure holds names only: no tensor, no graph.
+        tensor.register_hook(self._guard(f"the gradient of {name}", take))
+
+    def _after_loss(self, _module: torch.nn.Module, _args: object, output: object) -> None:
+        if not self._recorder.is_due or in_backward():
+            return
+        for name, tensor in walk(output, "loss"):
+            self._recorder.take("loss", name, tensor)
+
+
+def _place(path: str, call: int, what: str) -> str:
+    place = f"{path}@{call}" if call else path
+    return f"{place}/{what}" if place else what
+
+
+def _eager(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep torch.compile from tracing into a hook: it runs as it is, between compiled parts."""
+    disabled: Callable[..., Any] = torch.compiler.disable(hook)
+    return disabled
