@@ -17,6 +17,8 @@ import pyarrow as pa
 import pytest
 from conformance.independent_reader import limits as second_limits
 from conformance.independent_reader.arrow_page import SCHEMAS as SECOND_SCHEMAS
+from robustness.fuzz_corpus import RUNS
+from support.mutate import irrelevant, unnoticed_places
 
 from tensorstore_fmt import dtypes, errors
 from tensorstore_fmt import format as formats
@@ -52,8 +54,22 @@ def test_all_tables_are_checked() -> None:
     """A new table needs a test here."""
     assert tables.names() == [
         "segment header", "root row", "catalog", "shards", "entries", "dtypes", "codecs",
-        "statistics", "shard", "bundle header", "bundle row", "limits", "codes",
+        "statistics", "shard", "bundle header", "bundle row", "unnoticed", "limits", "codes",
     ]  # fmt: skip
+
+
+def test_bytes_that_may_go_unnoticed() -> None:
+    """`test_corrupt_flips` damages all bytes of these runs, and allows what the table allows."""
+    met = {
+        place
+        for make in RUNS.values()
+        for places in irrelevant(make()[0]).values()
+        for _, _, place in places
+    }
+    others = {"covered segment", "other file", "unnamed payload"}  # these runs have none
+    assert {row["place"] for row in tables.table("unnoticed")} == unnoticed_places()
+    assert met | others == unnoticed_places()
+    assert not met & others
 
 
 def _struct_format(name: str) -> tuple[str, int]:
