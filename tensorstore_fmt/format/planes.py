@@ -1,10 +1,10 @@
 """Byte planes: cut words into planes and put them together again (spec, "planes").
 
 Two functions, `split` and `join`, that read and write buffers of the caller and keep
-nothing. They are all that an optional C kernel has to replace. NumPy does the work in
-blocks that stay in cache: in large blocks a word is halved by a truncating cast and a shift
-until bytes are left, because strided copies of single bytes run at half that speed; in small
-ones those win, being fewer calls.
+nothing. The compiled kernel does the work if there is one, else NumPy, in blocks that stay in
+cache: in large blocks a word is halved by a truncating cast and a shift until bytes are left,
+because strided copies of single bytes run at half that speed; in small ones those win, being
+fewer calls.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
+
+from tensorstore_fmt.format import kernel
 
 __all__ = ["BLOCK_NBYTES", "Bytes", "join", "split"]
 
@@ -62,6 +64,9 @@ def split(raw: Bytes, planes: Sequence[Bytes], *, rotated: bool) -> None:
     rotated
         Move the highest bit of each word to the lowest place first.
     """
+    if kernel.active is not None:
+        kernel.active.split(raw, planes, rotated)
+        return
     w = len(planes)
     if w == 1 and not rotated:
         np.copyto(planes[0], raw)
@@ -98,6 +103,9 @@ def join(planes: Sequence[Bytes], out: Bytes, *, rotated: bool) -> None:
     rotated
         Move the lowest bit of each word back to the highest place.
     """
+    if kernel.active is not None:
+        kernel.active.join(planes, out, rotated)
+        return
     w = len(planes)
     if w == 1 and not rotated:
         np.copyto(out, planes[0])

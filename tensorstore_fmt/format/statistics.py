@@ -1,14 +1,14 @@
 """Statistics of tensors: ten numbers that stand for one (spec, "Statistics").
 
-Floats of 32 bits are summed in blocks that stay in cache: at most eight numbers are added
-in float32, their sums in float64, which keeps the error below the spec's 2^-20 whatever the
-values. Other dtypes become float32 or float64 block by block, or, with one byte an
-element, a histogram. The four steps that cost time (`_add_block`, `_sum32`, `_float32_block`,
-`_histogram`) are what an optional C kernel has to replace.
+The compiled kernel makes one pass over them if there is one. Else floats of 32 bits are summed
+in blocks that stay in cache: at most eight numbers are added in float32, their sums in float64,
+which keeps the error below the spec's 2^-20 whatever the values. Other dtypes become float32
+or float64 block by block, or, with one byte an element, a histogram.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from typing import Any, Final, NamedTuple
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from tensorstore_fmt import dtypes
 from tensorstore_fmt.errors import ArgumentError
-from tensorstore_fmt.format import layout
+from tensorstore_fmt.format import kernel, layout
 
 __all__ = ["compute", "compute_rows", "supports"]
 
@@ -39,6 +39,13 @@ _COUNT, _NAN, _POSINF, _NEGINF, _ZERO, _MIN, _MAX, _SUM, _SUMSQ, _SUMABS = range
 _SIGN_AND_REST16: Final = np.int32(-0x7000_2000)  # 0x8FFFE000: after a shift by 13
 _F16_INFINITY: Final = 0x7C00
 _F16_REBIAS: Final = np.float32(2.0**112)
+
+# What the kernel calls words of more than one byte.
+_KINDS: Final = {
+    "float16": "e", "bfloat16": "E", "float32": "f", "float64": "d",
+    "int16": "h", "int32": "i", "int64": "q", "uint16": "H", "uint32": "I", "uint64": "Q",
+}  # fmt: skip
+_NO_VALUES: Final = np.empty(0)
 
 _F32 = NDArray[np.float32]
 _F64 = NDArray[np.float64]
@@ -88,6 +95,8 @@ def compute(array: NDArray[Any], *, dtype: str) -> _F64:
         minimum or maximum is positive.
     """
     flat = _stored(array, dtype).reshape(-1)
+    if kernel.active is not None:
+        return _by_kernel(kernel.active, flat, 1, dtype).reshape(-1)
     with np.errstate(all="ignore"):
         if flat.dtype.itemsize == 1:
             return _of_histogram(_histogram(flat.view(np.uint8)), dtype)
@@ -117,6 +126,8 @@ def compute_rows(array: NDArray[Any], *, dtype: str) -> _F64:
     """
     rows = _stored(array, dtype)
     k, n = rows.shape
+    if kernel.active is not None:
+        return _by_kernel(kernel.active, rows.reshape(-1), k, dtype)
     result = np.empty((k, layout.STATS_LEN))
     if n == 0 or n > _ROWS_TO_LOOP or dtype in ("int64", "uint64"):
         for i in range(k):
@@ -139,6 +150,15 @@ def _stored(array: NDArray[Any], dtype: str) -> NDArray[Any]:
             raise ArgumentError(f"array of {array.dtype} does not hold {dtype}", dtype=dtype)
         array = array.view(stored)
     return array
+
+
+def _by_kernel(compiled: kernel.Kernel, flat: NDArray[Any], rows: int, dtype: str) -> _F64:
+    result = np.empty((rows, layout.STATS_LEN))
+    if flat.itemsize == 1:
+        compiled.statistics(flat.view(np.uint8), "B", _values(dtype), result)
+    else:
+        compiled.statistics(flat.view(np.uint8), _KINDS[dtype], _NO_VALUES, result)
+    return result
 
 
 def _empty() -> _F64:
@@ -315,9 +335,12 @@ def _of_histogram(counts: NDArray[np.int64], dtype: str) -> _F64:
     return _finished(stats)
 
 
+@functools.cache
 def _values(dtype: str) -> _F64:
-    """Give what each of the 256 bytes stands for."""
-    return np.arange(256, dtype=np.uint8).view(dtypes.numpy_dtype(dtype)).astype(np.float64)
+    """Give what each of the 256 bytes stands for; shared, not to be changed."""
+    values: _F64 = np.arange(256, dtype=np.uint8).view(dtypes.numpy_dtype(dtype)).astype(np.float64)
+    values.setflags(write=False)
+    return values
 
 
 # --- many small tensors -------------------------------------------------------------

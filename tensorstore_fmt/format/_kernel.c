@@ -1,0 +1,554 @@
+/* The hot loops of planes.py and statistics.py, in C11: optional, NumPy does the same without.
+
+   Loops are written so that compilers vectorise them for any CPU: no intrinsics, no flags but
+   -O3 and -fopenmp-simd (which needs no library). Python's limited API, so that one build serves
+   all versions from 3.11. The GIL is released for what takes longer than getting it back.
+   Sizes are checked here although the callers did: nothing a caller passes writes out of bounds. */
+
+#define PY_SSIZE_T_CLEAN
+#ifndef Py_LIMITED_API
+#define Py_LIMITED_API 0x030B0000
+#endif
+#include <Python.h>
+
+#include <fenv.h>
+#include <float.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "words are read as they lie; NumPy serves big-endian machines"
+#endif
+
+#define VERSION 1                 /* kernel.py asks for this one */
+#define BLOCK 8192                /* bytes: a block and its scratch stay in a first-level cache */
+#define GIL_NBYTES (32 * 1024)    /* less takes a few microseconds: keep the GIL */
+
+typedef const uint8_t *restrict in_t;
+typedef uint8_t *restrict out_t;
+
+/* --- planes ---------------------------------------------------------------------- */
+
+/* In place too: every word depends on itself alone. */
+#define ROTATE(BITS)                                                                        \
+    static void rotate##BITS(uint8_t *to, const uint8_t *from, size_t n, int left) {        \
+        _Pragma("omp simd")                                                                 \
+        for (size_t i = 0; i < n; i++) {                                                    \
+            uint##BITS##_t x;                                                               \
+            memcpy(&x, from + i * sizeof x, sizeof x);                                      \
+            x = (uint##BITS##_t)((uint##BITS##_t)(x << left) | x >> (BITS - left));         \
+            memcpy(to + i * sizeof x, &x, sizeof x);                                        \
+        }                                                                                   \
+    }
+ROTATE(8)
+ROTATE(16)
+ROTATE(32)
+ROTATE(64)
+
+static void rotate(uint8_t *to, const uint8_t *from, size_t n, int w, int left) {
+    switch (w) {
+    case 1: rotate8(to, from, n, left); break;
+    case 2: rotate16(to, from, n, left); break;
+    case 4: rotate32(to, from, n, left); break;
+    default: rotate64(to, from, n, left);
+    }
+}
+
+static void split2(in_t x, size_t n, out_t a, out_t b) {
+    for (size_t i = 0; i < n; i++) {
+        a[i] = x[2 * i];
+        b[i] = x[2 * i + 1];
+    }
+}
+
+static void split4(in_t x, size_t n, out_t a, out_t b, out_t c, out_t d) {
+    for (size_t i = 0; i < n; i++) {
+        a[i] = x[4 * i];
+        b[i] = x[4 * i + 1];
+        c[i] = x[4 * i + 2];
+        d[i] = x[4 * i + 3];
+    }
+}
+
+static void join2(out_t x, size_t n, in_t a, in_t b) {
+    for (size_t i = 0; i < n; i++) {
+        x[2 * i] = a[i];
+        x[2 * i + 1] = b[i];
+    }
+}
+
+static void join4(out_t x, size_t n, in_t a, in_t b, in_t c, in_t d) {
+    for (size_t i = 0; i < n; i++) {
+        x[4 * i] = a[i];
+        x[4 * i + 1] = b[i];
+        x[4 * i + 2] = c[i];
+        x[4 * i + 3] = d[i];
+    }
+}
+
+static void split_words(const uint8_t *raw, size_t n, uint8_t *const *planes, int w, int rotated) {
+    uint8_t turned[BLOCK], halves[BLOCK];
+    const size_t step = BLOCK / (size_t)w;
+    for (size_t at = 0; at < n; at += step) {
+        const size_t m = n - at < step ? n - at : step;
+        const uint8_t *block = raw + at * (size_t)w;
+        uint8_t *p[8];
+        for (int i = 0; i < w; i++) p[i] = planes[i] + at;
+        if (rotated) {
+            rotate(turned, block, m, w, 1);
+            block = turned;
+        }
+        switch (w) {
+        case 1: memcpy(p[0], block, m); break;
+        case 2: split2(block, m, p[0], p[1]); break;
+        case 4: split4(block, m, p[0], p[1], p[2], p[3]); break;
+        default: /* even and odd bytes first: eight at once are too many for the registers */
+            split2(block, 4 * m, halves, halves + BLOCK / 2);
+            split4(halves, m, p[0], p[2], p[4], p[6]);
+            split4(halves + BLOCK / 2, m, p[1], p[3], p[5], p[7]);
+        }
+    }
+}
+
+static void join_words(uint8_t *const *planes, const Py_ssize_t *strides, uint8_t *out,
+                       size_t n, int w, int rotated) {
+    uint8_t gathered[BLOCK], halves[BLOCK];
+    const size_t step = BLOCK / (size_t)w;
+    const uint8_t *p[8];
+    for (int i = 0; i < w; i++) {
+        p[i] = planes[i];
+        if (strides[i] != 1 && n > 0) { /* constant, most likely */
+            p[i] = gathered + (size_t)i * step;
+            if (strides[i] == 0) memset(gathered + (size_t)i * step, planes[i][0], step);
+        }
+    }
+    for (size_t at = 0; at < n; at += step) {
+        const size_t m = n - at < step ? n - at : step;
+        uint8_t *block = out + at * (size_t)w;
+        for (int i = 0; i < w; i++) {
+            if (strides[i] == 1) {
+                p[i] = planes[i] + at;
+            } else if (strides[i] != 0) {
+                for (size_t j = 0; j < m; j++)
+                    gathered[(size_t)i * step + j] = planes[i][(Py_ssize_t)(at + j) * strides[i]];
+            }
+        }
+        switch (w) {
+        case 1: memcpy(block, p[0], m); break;
+        case 2: join2(block, m, p[0], p[1]); break;
+        case 4: join4(block, m, p[0], p[1], p[2], p[3]); break;
+        default:
+            join4(halves, m, p[0], p[2], p[4], p[6]);
+            join4(halves + BLOCK / 2, m, p[1], p[3], p[5], p[7]);
+            join2(block, 4 * m, halves, halves + BLOCK / 2);
+        }
+        if (rotated) rotate(block, block, m, w, 8 * w - 1);
+    }
+}
+
+/* --- statistics --------------------------------------------------------------------- */
+
+enum { COUNT, NAN_, POSINF, NEGINF, ZERO, MIN, MAX, SUM, SUMSQ, SUMABS, NSTATS };
+
+#define ELEMENTS 2048  /* a block that needs a second look is still in the first-level cache */
+#define SCALE 0x1p-540 /* half the exponent range: neither sums nor squares overflow */
+
+typedef struct {
+    double *stats;
+    double big[3]; /* sums too large for stats, times SCALE (squares: twice) */
+} total_t;
+
+static void add_big(total_t *t, double sum, double squares, double absolutes) {
+    t->big[0] += sum;
+    t->big[1] += squares;
+    t->big[2] += absolutes;
+}
+
+static void add_sums(total_t *t, double sum, double squares, double absolutes) {
+    double *s = t->stats + SUM;
+    if (isfinite(s[1] + squares) && isfinite(s[2] + absolutes)) {
+        s[0] += sum;
+        s[1] += squares;
+        s[2] += absolutes;
+    } else {
+        add_big(t, sum * SCALE, squares * SCALE * SCALE, absolutes * SCALE);
+    }
+}
+
+static void begin(total_t *t, double *stats, size_t n) {
+    *t = (total_t){stats, {0, 0, 0}};
+    memset(stats, 0, NSTATS * sizeof *stats);
+    stats[COUNT] = (double)n;
+    stats[MIN] = INFINITY;
+    stats[MAX] = -INFINITY;
+}
+
+static void end(total_t *t) {
+    double *s = t->stats;
+    if (t->big[1] != 0) {
+        s[SUM] = (s[SUM] * SCALE + t->big[0]) / SCALE;
+        s[SUMSQ] = (s[SUMSQ] * SCALE * SCALE + t->big[1]) / SCALE / SCALE;
+        s[SUMABS] = (s[SUMABS] * SCALE + t->big[2]) / SCALE;
+    }
+    if (s[COUNT] == s[NAN_]) s[MIN] = s[MAX] = NAN;
+    for (int i = MIN; i <= SUM; i++) s[i] += 0.0; /* -0 becomes 0 */
+}
+
+/* Words of a block as floats or doubles, where all of them have a place (but integers of 64
+   bits, which are rounded). */
+#define WIDEN(NAME, FROM, TO)                                                               \
+    static void widen_##NAME(in_t p, size_t n, TO *restrict to) {                           \
+        for (size_t i = 0; i < n; i++) {                                                    \
+            FROM x;                                                                         \
+            memcpy(&x, p + i * sizeof x, sizeof x);                                         \
+            to[i] = (TO)x;                                                                  \
+        }                                                                                   \
+    }
+WIDEN(i16, int16_t, float)
+WIDEN(u16, uint16_t, float)
+WIDEN(floats, float, double)
+WIDEN(i32, int32_t, double)
+WIDEN(u32, uint32_t, double)
+WIDEN(i64, int64_t, double)
+WIDEN(u64, uint64_t, double)
+
+static void widen_bf16(in_t p, size_t n, float *restrict to) {
+    for (size_t i = 0; i < n; i++) {
+        uint16_t h;
+        memcpy(&h, p + 2 * i, 2);
+        const uint32_t bits = (uint32_t)h << 16;
+        memcpy(to + i, &bits, 4);
+    }
+}
+
+static void widen_f16(in_t p, size_t n, float *restrict to) {
+    for (size_t i = 0; i < n; i++) {
+        uint16_t h;
+        float x;
+        memcpy(&h, p + 2 * i, 2);
+        /* The bits at their places, then the exponent mended, but of infinity and NaN. */
+        uint32_t bits = (uint32_t)(h & 0x7FFF) << 13;
+        memcpy(&x, &bits, 4);
+        x *= 0x1p112f;
+        memcpy(&bits, &x, 4);
+        bits |= (uint32_t)(h & 0x8000) << 16 | (uint32_t)((h & 0x7C00) == 0x7C00) * 0x7F800000u;
+        memcpy(to + i, &bits, 4);
+    }
+}
+
+/* Least, greatest and zeros. Comparisons with NaN are false and leave all three alone. */
+#define EXTREMES(x)                                                                         \
+    low = x < low ? x : low;                                                                \
+    high = x > high ? x : high;                                                             \
+    zero += x == 0 ? one : 0;
+
+static void note_extremes(total_t *t, double low, double high, double zero) {
+    t->stats[ZERO] += zero;
+    if (low < t->stats[MIN]) t->stats[MIN] = low;
+    if (high > t->stats[MAX]) t->stats[MAX] = high;
+}
+
+/* Add what is finite and count the rest; if a sum overflows, scaled down. */
+static void add_odd(const double *restrict p, size_t n, total_t *t, double scale) {
+    double sum = 0, squares = 0, absolutes = 0, nan = 0, posinf = 0, neginf = 0;
+    const double one = 1, top = DBL_MAX;
+    #pragma omp simd reduction(+ : sum, squares, absolutes, nan, posinf, neginf)
+    for (size_t i = 0; i < n; i++) {
+        const double x = p[i];
+        const double d = (x <= top && x >= -top ? x : 0) * scale;
+        nan += x != x ? one : 0;
+        posinf += x > top ? one : 0;
+        neginf += x < -top ? one : 0;
+        sum += d;
+        squares += d * d;
+        absolutes += fabs(d);
+    }
+    if (!isfinite(squares) || !isfinite(absolutes)) {
+        add_odd(p, n, t, SCALE);
+        return;
+    }
+    t->stats[NAN_] += nan;
+    t->stats[POSINF] += posinf;
+    t->stats[NEGINF] += neginf;
+    if (scale == 1)
+        add_sums(t, sum, squares, absolutes);
+    else
+        add_big(t, sum, squares, absolutes);
+}
+
+static void add_doubles(const double *restrict p, size_t n, total_t *t) {
+    double sum = 0, squares = 0, absolutes = 0, low = INFINITY, high = -INFINITY, zero = 0;
+    const double one = 1;
+    #pragma omp simd reduction(+ : sum, squares, absolutes, zero) reduction(min : low) \
+                     reduction(max : high)
+    for (size_t i = 0; i < n; i++) {
+        const double x = p[i];
+        EXTREMES(x)
+        sum += x;
+        squares += x * x;
+        absolutes += fabs(x);
+    }
+    note_extremes(t, low, high, zero);
+    if (isfinite(squares) && isfinite(absolutes))
+        add_sums(t, sum, squares, absolutes);
+    else
+        add_odd(p, n, t, 1);
+}
+
+/* Eight floats are added as floats, which keeps the error below 2^-21, their sums as doubles. */
+static void add_floats(const float *restrict p, size_t n, total_t *t) {
+    float sums[ELEMENTS / 8], squares[ELEMENTS / 8], absolutes[ELEMENTS / 8];
+    double wide[ELEMENTS], sum = 0, square = 0, absolute = 0;
+    float low = INFINITY, high = -INFINITY, zero = 0;
+    const float one = 1;
+    const size_t columns = n / 8, rest = n % 8;
+    #pragma omp simd reduction(+ : zero) reduction(min : low) reduction(max : high)
+    for (size_t i = 0; i < columns; i++) {
+        float s = 0, q = 0, a = 0;
+        for (size_t row = 0; row < 8; row++) {
+            const float x = p[row * columns + i];
+            EXTREMES(x)
+            s += x;
+            q += x * x;
+            a += fabsf(x);
+        }
+        sums[i] = s;
+        squares[i] = q;
+        absolutes[i] = a;
+    }
+    note_extremes(t, low, high, zero);
+    #pragma omp simd reduction(+ : sum, square, absolute)
+    for (size_t i = 0; i < columns; i++) {
+        sum += (double)sums[i];
+        square += (double)squares[i];
+        absolute += (double)absolutes[i];
+    }
+    /* Not if float was too narrow for a sum, or squares may have been lost to underflow. */
+    const int is_exact = square > (double)n * 0x1p-128 || zero == (float)(n - rest);
+    if (is_exact && isfinite(square) && isfinite(absolute)) {
+        add_sums(t, sum, square, absolute);
+    } else {
+        widen_floats((const uint8_t *)p, n - rest, wide);
+        add_odd(wide, n - rest, t, 1);
+    }
+    widen_floats((const uint8_t *)(p + n - rest), rest, wide);
+    add_doubles(wide, rest, t);
+}
+
+/* One byte an element, whatever the dtype: count the bytes, then look up what they stand for. */
+static void of_bytes(const uint8_t *p, size_t n, const double *values, double *stats) {
+    total_t t;
+    size_t counts[4][256] = {{0}}; /* four, so that equal neighbours do not wait for each other */
+    size_t i = 0;
+    begin(&t, stats, n);
+    for (; i + 4 <= n; i += 4)
+        for (int k = 0; k < 4; k++) counts[k][p[i + (size_t)k]]++;
+    for (; i < n; i++) counts[0][p[i]]++;
+    for (int b = 0; b < 256; b++) {
+        const double m = (double)(counts[0][b] + counts[1][b] + counts[2][b] + counts[3][b]);
+        const double x = values[b];
+        if (m == 0) continue;
+        if (x < stats[MIN]) stats[MIN] = x;
+        if (x > stats[MAX]) stats[MAX] = x;
+        if (isfinite(x)) {
+            stats[ZERO] += x == 0 ? m : 0;
+            add_sums(&t, m * x, m * x * x, m * fabs(x));
+        } else {
+            stats[isnan(x) ? NAN_ : x > 0 ? POSINF : NEGINF] += m;
+        }
+    }
+    end(&t);
+}
+
+#define VIA(NAME, TO)                                                                       \
+    static void add_##NAME(in_t p, size_t n, total_t *t) {                                  \
+        TO wide[ELEMENTS];                                                                  \
+        widen_##NAME(p, n, wide);                                                           \
+        add_##TO##s(wide, n, t);                                                            \
+    }
+VIA(f16, float)
+VIA(bf16, float)
+VIA(i16, float)
+VIA(u16, float)
+VIA(i32, double)
+VIA(u32, double)
+VIA(i64, double)
+VIA(u64, double)
+
+#define AS_IT_LIES(NAME, TYPE)                                                              \
+    static void add_##NAME(in_t p, size_t n, total_t *t) {                                  \
+        TYPE aligned[ELEMENTS];                                                             \
+        const TYPE *from = (const TYPE *)(const void *)p;                                   \
+        if ((uintptr_t)p % sizeof(TYPE) != 0) from = memcpy(aligned, p, n * sizeof(TYPE));  \
+        add_##TYPE##s(from, n, t);                                                          \
+    }
+AS_IT_LIES(f32, float)
+AS_IT_LIES(f64, double)
+
+typedef void (*add_t)(in_t, size_t, total_t *);
+
+static void of_words(const uint8_t *p, size_t n, size_t size, add_t add, double *stats) {
+    total_t t;
+    begin(&t, stats, n);
+    for (size_t at = 0; at < n; at += ELEMENTS)
+        add(p + at * size, n - at < ELEMENTS ? n - at : ELEMENTS, &t);
+    end(&t);
+}
+
+/* --- Python ---------------------------------------------------------------------------- */
+
+static PyObject *refuse(const char *what) {
+    PyErr_SetString(PyExc_ValueError, what);
+    return NULL;
+}
+
+static void release(Py_buffer *views, int n) {
+    while (n > 0) PyBuffer_Release(&views[--n]);
+}
+
+/* Take the buffers of a sequence of 1, 2, 4 or 8 planes; give their number, or -1. */
+static int take_planes(PyObject *planes, Py_buffer *views, int flags) {
+    const Py_ssize_t w = PySequence_Size(planes);
+    if (w != 1 && w != 2 && w != 4 && w != 8) {
+        if (!PyErr_Occurred()) refuse("there must be 1, 2, 4 or 8 planes");
+        return -1;
+    }
+    for (int i = 0; i < w; i++) {
+        PyObject *plane = PySequence_GetItem(planes, i);
+        const int failed = plane == NULL || PyObject_GetBuffer(plane, &views[i], flags) < 0;
+        Py_XDECREF(plane);
+        if (failed) {
+            release(views, i);
+            return -1;
+        }
+    }
+    return (int)w;
+}
+
+static PyObject *run(PyObject *words, PyObject *cut, PyObject *flag, int joins) {
+    Py_buffer whole, views[8];
+    uint8_t *planes[8];
+    Py_ssize_t strides[8];
+    const int rotated = PyObject_IsTrue(flag);
+    if (rotated < 0) return NULL;
+    if (PyObject_GetBuffer(words, &whole, joins ? PyBUF_WRITABLE : PyBUF_SIMPLE) < 0) return NULL;
+    /* What is read may have strides, what is written may not. */
+    const int w = take_planes(cut, views, joins ? PyBUF_STRIDES : PyBUF_WRITABLE);
+    int fits = w > 0 && whole.len % w == 0;
+    for (int i = 0; i < w; i++) {
+        planes[i] = views[i].buf;
+        fits = fits && views[i].len == whole.len / w;
+        fits = fits && (!joins || (views[i].ndim == 1 && views[i].itemsize == 1));
+        strides[i] = fits && joins ? views[i].strides[0] : 1;
+    }
+    if (fits) {
+        const size_t n = (size_t)(whole.len / w);
+        PyThreadState *state = whole.len > GIL_NBYTES ? PyEval_SaveThread() : NULL;
+        if (joins)
+            join_words(planes, strides, whole.buf, n, w, rotated);
+        else
+            split_words(whole.buf, n, planes, w, rotated);
+        if (state != NULL) PyEval_RestoreThread(state);
+    }
+    release(views, w);
+    PyBuffer_Release(&whole);
+    if (w < 0) return NULL;
+    if (!fits) return refuse("planes must hold one byte of each word");
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_split(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs) {
+    return nargs == 3 ? run(args[0], args[1], args[2], 0) : refuse("split(raw, planes, rotated)");
+}
+
+static PyObject *py_join(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs) {
+    return nargs == 3 ? run(args[1], args[0], args[2], 1) : refuse("join(planes, out, rotated)");
+}
+
+static const struct {
+    char kind; /* as in the module struct; E is bfloat16 */
+    uint8_t size;
+    add_t add;
+} KINDS[] = {
+    {'B', 1, NULL},     {'e', 2, add_f16}, {'E', 2, add_bf16}, {'f', 4, add_f32},
+    {'d', 8, add_f64},  {'h', 2, add_i16}, {'H', 2, add_u16},  {'i', 4, add_i32},
+    {'I', 4, add_u32},  {'q', 8, add_i64}, {'Q', 8, add_u64},
+};
+
+static PyObject *py_statistics(PyObject *Py_UNUSED(module), PyObject *const *args,
+                               Py_ssize_t nargs) {
+    Py_buffer views[3];
+    if (nargs != 4) return refuse("statistics(data, kind, values, out)");
+    const Py_UCS4 kind = PyUnicode_ReadChar(args[1], 0);
+    if (kind == (Py_UCS4)-1) return NULL;
+    size_t k = 0;
+    while (k < sizeof KINDS / sizeof KINDS[0] && (Py_UCS4)KINDS[k].kind != kind) k++;
+    if (k == sizeof KINDS / sizeof KINDS[0]) return refuse("no such kind");
+    PyObject *const objects[] = {args[0], args[2], args[3]};
+    for (int i = 0; i < 3; i++) {
+        if (PyObject_GetBuffer(objects[i], &views[i], i == 2 ? PyBUF_WRITABLE : PyBUF_SIMPLE) < 0) {
+            release(views, i);
+            return NULL;
+        }
+    }
+    const Py_buffer data = views[0], values = views[1], out = views[2];
+    const Py_ssize_t vector = NSTATS * (Py_ssize_t)sizeof(double), size = KINDS[k].size;
+    const Py_ssize_t rows = out.len / vector;
+    const Py_ssize_t row = rows > 0 ? data.len / rows : 0;
+    const int fits = out.len % vector == 0 && data.len == rows * row && row % size == 0 &&
+                     (KINDS[k].add != NULL || values.len == 256 * (Py_ssize_t)sizeof(double)) &&
+                     (uintptr_t)out.buf % sizeof(double) == 0 &&
+                     (uintptr_t)values.buf % sizeof(double) == 0;
+    if (fits) {
+        PyThreadState *state = data.len > GIL_NBYTES ? PyEval_SaveThread() : NULL;
+        fenv_t before;
+        fegetenv(&before); /* a training loop may flush denormal numbers to zero: we do not */
+        fesetenv(FE_DFL_ENV);
+        for (Py_ssize_t r = 0; r < rows; r++) {
+            const uint8_t *from = (const uint8_t *)data.buf + r * row;
+            double *to = (double *)out.buf + r * NSTATS;
+            if (KINDS[k].add == NULL)
+                of_bytes(from, (size_t)row, values.buf, to);
+            else
+                of_words(from, (size_t)(row / size), (size_t)size, KINDS[k].add, to);
+        }
+        fesetenv(&before);
+        if (state != NULL) PyEval_RestoreThread(state);
+    }
+    release(views, 3);
+    if (!fits) return refuse("data, values and out do not fit each other");
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef METHODS[] = {
+    {"split", (PyCFunction)(void (*)(void))py_split, METH_FASTCALL,
+     "split(raw, planes, rotated)\n--\n\nWrite byte i of every word to plane i."},
+    {"join", (PyCFunction)(void (*)(void))py_join, METH_FASTCALL,
+     "join(planes, out, rotated)\n--\n\nUndo split."},
+    {"statistics", (PyCFunction)(void (*)(void))py_statistics, METH_FASTCALL,
+     "statistics(data, kind, values, out)\n--\n\nWrite ten numbers for each row."},
+    {NULL, NULL, 0, NULL},
+};
+
+static int fill(PyObject *module) {
+#ifdef __clang__
+    const char *compiler = __VERSION__;
+#else
+    const char *compiler = "gcc " __VERSION__;
+#endif
+    if (PyModule_AddIntConstant(module, "VERSION", VERSION) < 0) return -1;
+    return PyModule_AddStringConstant(module, "COMPILER", compiler);
+}
+
+static PyModuleDef_Slot SLOTS[] = {{Py_mod_exec, (void *)fill}, {0, NULL}};
+
+static struct PyModuleDef MODULE = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "_kernel",
+    .m_doc = "Hot loops of planes and statistics.",
+    .m_methods = METHODS,
+    .m_slots = SLOTS,
+};
+
+PyMODINIT_FUNC PyInit__kernel(void) { return PyModuleDef_Init(&MODULE); }
