@@ -24,6 +24,7 @@ VERBS: Final = {
     "recover": "upkeep.recover",
     "compact": "upkeep.compact",
     "export": "exporting.export",
+    "import": "importing.import_",
     "demo": "demonstration.demo",
 }
 """The function of each verb: module of this package and name."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "explaining",
+    "json_options",
     "one_step",
     "open_run",
     "open_url",
@@ -42,12 +43,21 @@ def storage_options(arguments: Namespace) -> Mapping[str, object] | None:
     UsageError
         It is no JSON object, or the file cannot be read.
     """
-    text: str | None = arguments.storage_options
+    return json_options(arguments.storage_options, "--storage-options")
+
+
+def json_options(text: str | None, where: str) -> Mapping[str, object] | None:
+    """Give the object that is the value of an option; None if it was not given.
+
+    Raises
+    ------
+    UsageError
+        It is no JSON object, or the file cannot be read.
+    """
     if text is None:
         return None
-    where = "--storage-options"
     if text.startswith("@"):
-        where = f"--storage-options {text}"
+        where = f"{where} {text}"
         try:
             with open(text[1:], encoding="utf-8") as file:
                 text = file.read()

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def add_verbs(verbs: Verbs, common: argparse.ArgumentParser) -> None:
     """Add all verbs to a parser; each also has the `common` options."""
-    for add in (_add_reading, _add_upkeep, _add_export, _add_demo):
+    for add in (_add_reading, _add_upkeep, _add_export, _add_import, _add_demo):
         add(verbs, common)
 
 
@@ -187,6 +187,31 @@ def _add_export(verbs: Verbs, common: argparse.ArgumentParser) -> None:
         "(Parquet is always long)",
     )
     _add_writing(export)
+
+
+def _add_import(verbs: Verbs, common: argparse.ArgumentParser) -> None:
+    parser = _add(
+        verbs,
+        common,
+        "import",
+        "make a run of what another tool wrote",
+        "Exit code 1 and a list of what was lost if files of SRC are damaged or missing; all that\n"
+        "can be read is imported.\n\n"
+        "  tensorstore-fmt import smdebug s3://bucket/job/debug-output runs/job",
+    )
+    parser.add_argument(
+        "kind",
+        metavar="KIND",
+        choices=("smdebug",),
+        help="smdebug (Amazon SageMaker Debugger)",
+    )
+    parser.add_argument("source", metavar="SRC", help="a folder, or a URL that fsspec can list")
+    parser.add_argument("url", metavar="RUN", help="the run to make; it must not exist")
+    parser.add_argument(
+        "--source-options",
+        metavar="JSON",
+        help="for the file system of SRC, as --storage-options is for that of RUN",
+    )
 
 
 def _add_demo(verbs: Verbs, common: argparse.ArgumentParser) -> None:
