@@ -16,13 +16,16 @@ class _Lease:
 
     __slots__ = ("__array_interface__", "__weakref__", "_buffer", "_pool")
 
+    _buffer: np.ndarray
+
     def __init__(self, pool: BufferPool, buffer: np.ndarray) -> None:
         self._pool = pool
-        self._buffer = buffer
         self.__array_interface__ = buffer.__array_interface__
+        pool.lend(self, buffer)
 
     def __del__(self) -> None:
-        self._pool.take_back(self._buffer)
+        if hasattr(self, "_buffer"):  # else a signal came while it was made
+            self._pool.take_back(self._buffer)
 
 
 class BufferPool:
@@ -55,11 +58,17 @@ class BufferPool:
                 self._make_room(nbytes)
                 if self._lent_nbytes + nbytes > self._capacity:
                     return np.empty(shape, dtype)
-            self._lent_nbytes += nbytes
         if buffer is None:
             buffer = np.empty(nbytes, np.uint8)
         lease = _Lease(self, buffer)
         return np.asarray(lease).view(dtype).reshape(shape)
+
+    def lend(self, lease: _Lease, buffer: np.ndarray) -> None:
+        """Count a buffer as lent; `take_back` undoes it."""
+        nbytes = buffer.nbytes
+        with self._lock:
+            # One statement without a call: no signal comes in between.
+            self._lent_nbytes, lease._buffer = self._lent_nbytes + nbytes, buffer
 
     def take_back(self, buffer: np.ndarray) -> None:
         """Keep a buffer that nobody uses any more."""

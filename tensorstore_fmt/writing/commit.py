@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import crc32c
@@ -41,33 +41,22 @@ def collect(generation: Generation) -> tuple[list[PendingEntry], int]:
 
     A tensor with a chunk that was lost becomes a dropped step.
     """
-    entries = list(generation.entries)
-    lost = {id(e.save) for e in entries if e.placed.is_lost}
+    entries: list[PendingEntry] = []
     dropped = list(generation.dropped)
-    if lost:
-        for save in generation.saves:
-            if id(save) in lost:
-                dropped += [(save.kept.series, step) for step in save.steps]
-        entries = [e for e in entries if id(e.save) not in lost]
-    replaced = {id(s): s.replaced for s in generation.saves if s.replaced}
-    if replaced:
-        entries = _without_replaced(entries, replaced)
+    for save in generation.saves:
+        if save.is_lost or any(e.placed.is_lost for e in save.entries):
+            steps = (step for step in save.steps if step not in save.replaced)
+            dropped += [(save.kept.series, step) for step in steps]
+        elif save.replaced:  # it holds one step: `Staging.is_shared` sees to that
+            entries += [e for e in save.entries if e.step not in save.replaced]
+        else:
+            entries += save.entries
     for stage in generation.inline.values():
         entries += _inline_entries(stage)
-    for mode, (steps, pairs) in generation.step_tables.items():
-        entries += _step_table_entries(mode, steps, pairs)
+    for mode, rows in generation.step_tables.items():
+        entries += _step_table_entries(mode, rows)
     entries += [_dropped_entry(series, step) for series, step in dropped]
     return entries, len(dropped)
-
-
-def _without_replaced(
-    entries: Iterable[PendingEntry], replaced: dict[int, set[int]]
-) -> list[PendingEntry]:
-    """Remove steps that were saved again in the same flush.
-
-    Such saves hold one step: `Staging.is_shared` sees to that.
-    """
-    return [e for e in entries if e.step not in replaced.get(id(e.save), ())]
 
 
 def _placed(data: bytes, codec_number: int) -> Placed:
@@ -82,10 +71,10 @@ def _placed(data: bytes, codec_number: int) -> Placed:
 
 def _inline_entries(stage: InlineStage) -> list[PendingEntry]:
     series = stage.kept.series
-    if not stage.steps:
+    if not stage.rows:
         return []
-    steps = np.array(stage.steps, np.int64)
-    values = stage.values
+    steps = np.array([row[0] for row in stage.rows], np.int64)
+    values = [row[1] for row in stage.rows]
     if len(steps) > 1 and (steps[1:] <= steps[:-1]).any():
         order = np.argsort(steps, kind="stable")
         steps, values = steps[order], [values[i] for i in order.tolist()]
@@ -124,11 +113,9 @@ def _inline_strings(
     return entries
 
 
-def _step_table_entries(
-    mode: int, steps_list: list[int], pairs: list[tuple[int, int]]
-) -> list[PendingEntry]:
-    steps = np.array(steps_list, np.int64)
-    table = np.array(pairs, "<i8")
+def _step_table_entries(mode: int, visits: Sequence[tuple[int, int, int]]) -> list[PendingEntry]:
+    steps = np.array([visit[0] for visit in visits], np.int64)
+    table = np.array([visit[1:] for visit in visits], "<i8")
     if len(steps) > 1 and (steps[1:] <= steps[:-1]).any():
         # A step that came twice counts with its last visit.
         _, last = np.unique(steps[::-1], return_index=True)

@@ -120,8 +120,7 @@ class Committer:
         """Commit the current generation; only one thread at a time calls this."""
         taken = self._take(is_last)
         generation = taken.generation
-        with generation.done:
-            generation.done.wait_for(lambda: generation.outstanding == 0)
+        generation.wait()
         is_there = is_synced = False
         try:
             is_stored = self._store(durable=durable)

@@ -435,6 +435,22 @@ def snapshot(name: str, value: object, *, empty: Empty | None = None) -> Snapsho
     return _from_object(name, value, empty)
 
 
+def outline(value: object) -> Snapshot | None:
+    """Give dtype and shape of an array or tensor without copying it; its elements mean nothing.
+
+    None: it has to be copied to know them.
+    """
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    if isinstance(dtype, np.dtype):
+        name, stored = _KNOWN.get(dtype, ("", dtype))
+    else:
+        name = str(dtype).rpartition(".")[2]  # torch.float32
+        stored = dtypes.numpy_dtype(name) if name in dtypes.NAMES else np.dtype(bool)
+    if name not in dtypes.NAMES or name == dtypes.STRING or shape is None:
+        return None
+    return Snapshot(dtype=name, array=np.broadcast_to(np.zeros((), stored), tuple(shape)))
+
+
 def _from_object(name: str, value: object, empty: Empty | None) -> Snapshot:
     if _is_torch(value):
         return _from_torch(name, value, empty)

@@ -89,8 +89,12 @@ class EncoderPool:
             thread.start()
 
     def put(self, generation: Generation, save: Save) -> None:
-        """Take a save; the generation's count of outstanding saves is one higher already."""
+        """Take a save that is closed."""
         self._queue.put((generation, save))
+
+    def has_work(self) -> bool:
+        """Say whether saves wait that no encoder has taken yet."""
+        return not self._queue.empty()
 
     def committed(self, flush: int) -> None:
         """Let payloads of flushes up to this one be reused."""
@@ -107,32 +111,24 @@ class EncoderPool:
         encoder = codec.Encoder(self._options.compression)
         while (work := self._queue.get()) is not None:
             generation, save = work
-            entries: list[PendingEntry] = []
-            try:
-                entries = _SaveEncoder(
+            del work
+            if generation.claim(save):
+                self._quota.begin()
+                self._encode(encoder, generation, save)
+
+    def _encode(self, encoder: codec.Encoder, generation: Generation, save: Save) -> None:
+        try:
+            if save.rows:
+                save.entries = _SaveEncoder(
                     encoder, self._digests, self._options.compression, generation.number, save
                 ).run(self._sink)
-            except Exception as error:  # noqa: BLE001 - a bug here must not stop training; it is counted
-                entries = [_lost(save)] if save.steps else []
-                self._failures.note(error)
-            finally:
-                nbytes = save.nbytes
-                save.arrays = []
-                del work
-                self._quota.end(nbytes)
-                with generation.done:
-                    generation.entries += entries
-                    generation.outstanding -= 1
-                    generation.done.notify_all()
-
-
-def _lost(save: Save) -> PendingEntry:
-    """Give an entry that stands for a save that could not be encoded: it will be dropped."""
-    placed = Placed(codec=0, raw_nbytes=0, nbytes=0, crc32c=0, is_lost=True)
-    return PendingEntry(
-        series=save.kept.series, step=save.steps[0], stride=1, count=1, chunk=0, placed=placed,
-        save=save,
-    )  # fmt: skip
+        except Exception as error:  # noqa: BLE001 - a bug here must not stop training; it is counted
+            save.is_lost = True
+            self._failures.note(error)
+        finally:
+            rows, save.rows = save.rows, []
+            self._quota.end(row[2] for row in rows)
+            generation.finish()
 
 
 class _SaveEncoder:
@@ -150,18 +146,19 @@ class _SaveEncoder:
         self._digests = digests
         self._has_digests = compression != "none"
         self._flush = flush
-        self._save = save
+        self._steps = [row[0] for row in save.rows]
+        self._arrays = [row[1] for row in save.rows]
         self._kept = save.kept
         self._rows: list[tuple[ShardRow, Placed]] = []
         self._entries: list[PendingEntry] = []
 
     def run(self, sink: ShardSink) -> list[PendingEntry]:
-        save, kept = self._save, self._kept
+        kept = self._kept
         if kept.stats is not None:
             self._statistics(kept.stats)
         if kept.has_data:
             if kept.storing == "gridded":
-                for step, array in zip(save.steps, save.arrays, strict=True):
+                for step, array in zip(self._steps, self._arrays, strict=True):
                     self._gridded(step, array)
             else:
                 self._joined()
@@ -172,13 +169,13 @@ class _SaveEncoder:
     # --- statistics -----------------------------------------------------------------
 
     def _statistics(self, series: Series) -> None:
-        save, dtype = self._save, self._kept.series.dtype
-        if len(save.arrays) == 1:
-            vectors = statistics.compute(save.arrays[0], dtype=dtype)[None]
+        dtype = self._kept.series.dtype
+        if len(self._arrays) == 1:
+            vectors = statistics.compute(self._arrays[0], dtype=dtype)[None]
         else:
-            stacked = np.stack([a.reshape(-1) for a in save.arrays])
+            stacked = np.stack([a.reshape(-1) for a in self._arrays])
             vectors = statistics.compute_rows(stacked, dtype=dtype)
-        steps = np.array(save.steps, np.int64)
+        steps = np.array(self._steps, np.int64)
         for begin, end in runs_of_steps(steps):
             for at in range(begin, end, _MAX_STATS_STEPS):
                 stop = min(at + _MAX_STATS_STEPS, end)
@@ -188,14 +185,14 @@ class _SaveEncoder:
     # --- middle-sized: k steps to a chunk ------------------------------------------
 
     def _joined(self) -> None:
-        save, series = self._save, self._kept.series
-        steps = np.array(save.steps, np.int64)
+        series = self._kept.series
+        steps = np.array(self._steps, np.int64)
         is_string = series.dtype == dtypes.STRING
         k = max(1, grid.DEFAULT_CHUNK_NBYTES // max(1, self._kept.step_nbytes))
         for begin, end in runs_of_steps(steps):
             for at in range(begin, end, k):
                 stop = min(at + k, end)
-                arrays = save.arrays[at:stop]
+                arrays = self._arrays[at:stop]
                 if is_string:
                     raw = _bytes_of_strings([s for a in arrays for s in a.reshape(-1).tolist()])
                 elif len(arrays) > 1 and self._has_digests and _all_equal(arrays):
@@ -312,7 +309,6 @@ class _SaveEncoder:
                 placed=placed,
                 is_repeat=is_repeat,
                 is_new=is_new,
-                save=self._save,
             )
         )
 

@@ -29,6 +29,11 @@ class Failures:
         self._has_warned = False
         self.count = 0
 
+    @property
+    def is_quiet(self) -> bool:
+        """Whether failures are warned of, and never raised into training."""
+        return self._options.on_error == "warn"
+
     def attempt(self, operation: Callable[[], object], *, undo: Callable[[], object]) -> bool:
         """Do something with the storage, again after pauses if it fails; False: it was in vain.
 
@@ -37,7 +42,7 @@ class Failures:
         for pause in (*self._options.retry_s, None):
             try:
                 operation()
-            except OSError as error:
+            except (OSError, MemoryError) as error:
                 undo()
                 self.note(error, is_final=pause is None)
                 if pause is not None:

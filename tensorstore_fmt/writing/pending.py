@@ -12,7 +12,15 @@ from tensorstore_fmt.format import layout
 from tensorstore_fmt.format.catalog import Series
 from tensorstore_fmt.writing.series import Kept
 
-__all__ = ["Generation", "InlineStage", "JoinedStage", "PendingEntry", "Placed", "runs_of_steps"]
+__all__ = [
+    "Generation",
+    "Held",
+    "InlineStage",
+    "PendingEntry",
+    "Placed",
+    "Save",
+    "runs_of_steps",
+]
 
 
 @dataclass(slots=True, eq=False)
@@ -42,43 +50,62 @@ class PendingEntry:
     placed: Placed
     is_repeat: bool = False
     is_new: bool = True  # the payload was stored for this entry
-    save: object = None  # entries with the same one are chunks of the same tensors
 
 
 @dataclass(slots=True, eq=False)
-class InlineStage:
-    """Steps of a tiny series since the last flush."""
+class Held:
+    """Raw bytes that a tensor takes of the quota, until they are given back."""
 
-    kept: Kept
-    steps: list[int] = field(default_factory=list)
-    values: list[object] = field(default_factory=list)  # Python scalars, or bytes of one step
-
-    def forget(self, step: int) -> None:
-        """Remove a step that is being saved again."""
-        while step in self.steps:
-            i = self.steps.index(step)
-            del self.steps[i], self.values[i]
-
-
-@dataclass(slots=True, eq=False)
-class JoinedStage:
-    """Steps of a middle-sized series that will share a chunk."""
-
-    kept: Kept
-    steps: list[int] = field(default_factory=list)
-    arrays: list[np.ndarray] = field(default_factory=list)
     nbytes: int = 0
 
 
 @dataclass(slots=True, eq=False)
-class Save:
-    """Tensors that went to the encoders together; some steps may be replaced meanwhile."""
+class InlineStage:
+    """Steps of a tiny series since the last flush.
+
+    One list, not two that belong together: a signal may come between any two statements.
+    """
 
     kept: Kept
-    steps: list[int]
-    arrays: list[np.ndarray]
-    nbytes: int
+    rows: list[tuple[int, object]] = field(default_factory=list)  # a Python scalar, or bytes
+
+    def forget(self, step: int) -> None:
+        """Remove a step that is being saved again."""
+        if any(row[0] == step for row in self.rows):
+            self.rows = [row for row in self.rows if row[0] != step]
+
+
+@dataclass(slots=True, eq=False)
+class Save:
+    """Tensors that go to the encoders together: first open, then closed, queued, and finished.
+
+    Attributes
+    ----------
+    rows
+        Steps with what was copied; the encoders empty it.
+    steps
+        The steps, as soon as it is closed.
+    replaced
+        Steps that were saved again in the same flush, after it was closed.
+    entries, is_lost
+        What the encoders made of it, or that they could not.
+    """
+
+    kept: Kept
+    rows: list[tuple[int, np.ndarray, Held]] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
     replaced: set[int] = field(default_factory=set)
+    entries: list[PendingEntry] = field(default_factory=list)
+    is_closed: bool = False
+    is_queued: bool = False
+    is_claimed: bool = False
+    is_lost: bool = False
+
+    def close(self) -> None:
+        """Take no more steps; more than once is fine."""
+        if not self.is_closed:
+            self.steps = [row[0] for row in self.rows]
+            self.is_closed = True
 
 
 class Generation:
@@ -87,20 +114,36 @@ class Generation:
     def __init__(self, number: int) -> None:
         self.number = number
         self.inline: dict[Kept, InlineStage] = {}
-        self.joined: dict[Kept, JoinedStage] = {}
+        self.joined: dict[Kept, Save] = {}  # those that may still be open
         self.floats: dict[tuple[int, str], InlineStage] = {}
-        self.step_tables: dict[int, tuple[list[int], list[tuple[int, int]]]] = {}
+        self.step_tables: dict[int, list[tuple[int, int, int]]] = {}  # step, mode step, time
         self.saves: list[Save] = []
         self.dropped: list[tuple[Series, int]] = []
         self.raw_nbytes = 0
-        self.outstanding = 0  # saves that the encoders still work on
-        self.entries: list[PendingEntry] = []
+        self.finished = 0  # of the saves, by the encoders
         self.done = threading.Condition()
 
     @property
     def is_empty(self) -> bool:
         """Whether nothing was logged."""
-        return not (self.inline or self.joined or self.saves or self.dropped or self.step_tables)
+        return not (self.inline or self.saves or self.dropped or self.step_tables)
+
+    def claim(self, save: Save) -> bool:
+        """Say whether a save is to be encoded: it may have been queued twice."""
+        with self.done:
+            is_first, save.is_claimed = not save.is_claimed, True
+        return is_first
+
+    def finish(self) -> None:
+        """Note that a save was encoded, or lost."""
+        with self.done:
+            self.finished += 1
+            self.done.notify_all()
+
+    def wait(self) -> None:
+        """Wait until all saves are encoded; nothing may be added any more."""
+        with self.done:
+            self.done.wait_for(lambda: self.finished == len(self.saves))
 
 
 def runs_of_steps(steps: np.ndarray) -> Iterator[tuple[int, int]]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final, Literal
+
+from tensorstore_fmt.writing.pending import Held
 
 __all__ = ["Quota"]
 
@@ -29,10 +31,18 @@ class Quota:
         self._active = 0
         self.stalled_s = 0.0
 
-    def reserve(self, nbytes: int, *, ask_flush: Callable[[], None]) -> bool:
+    def reserve(
+        self,
+        held: Held,
+        nbytes: int,
+        *,
+        ask_flush: Callable[[], None],
+        has_work: Callable[[], bool],
+    ) -> bool:
         """Wait until so many bytes may be copied; False: they have to be dropped.
 
-        `ask_flush` is called if nothing is being encoded: what is held then waits for a flush.
+        `ask_flush` is called if nothing is being encoded and, as `has_work` says, nothing waits
+        for that: what is held then waits for a flush.
         """
         if not nbytes:
             return True
@@ -42,23 +52,35 @@ class Quota:
                     return False
                 begin = time.perf_counter()
                 while self._is_over(nbytes):
-                    if self._active:
-                        self._changed.wait()
+                    if self._active or has_work():
+                        self._changed.wait(_IDLE_S)
                         continue
                     ask_flush()
                     if not self._changed.wait_for(lambda: self._active, timeout=_IDLE_S):
                         break  # all that is held belongs to this very call
                 self.stalled_s += time.perf_counter() - begin
-            self._held_nbytes += nbytes
+            self._set(held, nbytes)
         return True
 
     def _is_over(self, nbytes: int) -> bool:
         return self._held_nbytes > 0 and self._held_nbytes + nbytes > self._limit
 
-    def release(self, nbytes: int) -> None:
-        """Give bytes back."""
+    def _set(self, held: Held, nbytes: int) -> None:
+        # One statement without a call: no signal comes in between, so nothing is counted that
+        # nobody gives back.
+        self._held_nbytes, held.nbytes = self._held_nbytes - held.nbytes + nbytes, nbytes
+
+    def correct(self, held: Held, nbytes: int) -> None:
+        """Hold this many bytes instead."""
         with self._changed:
-            self._held_nbytes -= nbytes
+            self._set(held, nbytes)
+            self._changed.notify_all()
+
+    def release(self, holds: Iterable[Held]) -> None:
+        """Give bytes back; more than once is fine."""
+        with self._changed:
+            for held in holds:
+                self._set(held, 0)
             self._changed.notify_all()
 
     def begin(self) -> None:
@@ -67,9 +89,10 @@ class Quota:
             self._active += 1
             self._changed.notify_all()
 
-    def end(self, nbytes: int) -> None:
-        """Note that an encoder is done with so many bytes."""
+    def end(self, holds: Iterable[Held]) -> None:
+        """Note that an encoder is done with these."""
         with self._changed:
             self._active -= 1
-            self._held_nbytes -= nbytes
+            for held in holds:
+                self._set(held, 0)
             self._changed.notify_all()

@@ -5,11 +5,9 @@ from __future__ import annotations
 import atexit
 import os
 import secrets
-import threading
 import time
 import warnings
 import weakref
-from collections import deque
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Literal, Self
@@ -18,12 +16,12 @@ from tensorstore_fmt.errors import ArgumentError, ClosedError, TensorStoreError
 from tensorstore_fmt.format import layout, segment
 from tensorstore_fmt.storage import Storage, open_storage
 from tensorstore_fmt.writing import closing
-from tensorstore_fmt.writing.buffers import BufferPool
 from tensorstore_fmt.writing.commit import tables
-from tensorstore_fmt.writing.committer import Committer, Taken
-from tensorstore_fmt.writing.convert import check_mode, check_name, check_step, snapshot
+from tensorstore_fmt.writing.committer import Committer
+from tensorstore_fmt.writing.convert import check_mode, check_step
 from tensorstore_fmt.writing.encoders import EncoderPool
 from tensorstore_fmt.writing.failures import Failures
+from tensorstore_fmt.writing.intake import Intake
 from tensorstore_fmt.writing.joining import Joined, join_run
 from tensorstore_fmt.writing.options import (
     MIB,
@@ -32,13 +30,10 @@ from tensorstore_fmt.writing.options import (
     WriterOptions,
     check_options,
 )
-from tensorstore_fmt.writing.pending import Generation, Save
 from tensorstore_fmt.writing.quota import Quota
 from tensorstore_fmt.writing.report import CloseReport
 from tensorstore_fmt.writing.segments import SegmentLog
-from tensorstore_fmt.writing.series import Kept
 from tensorstore_fmt.writing.shards import ShardSink
-from tensorstore_fmt.writing.staging import Part, Staging, Tensor, check_box, check_part, flatten
 
 __all__ = ["RunWriter", "create_run", "open_writer"]
 
@@ -223,16 +218,9 @@ class RunWriter:
         self._joined = joined
         self._key = key
         self._pid = os.getpid()
-        self._lock = threading.RLock()  # of the generation and of what `log` changes
         self._is_closed = False
         self._report: CloseReport | None = None
-        self._steps = self._raw_nbytes = 0
         self._log_s = 0.0
-        # An attempt has nothing to say about steps before the one it resumes from.
-        self._complete = [joined.resume_step - 1] * len(layout.MODES)
-        self._max_step = [-1] * len(layout.MODES)
-        self._mode_steps = {m: joined.mode_steps.get(m, 0) for m in range(len(layout.MODES))}
-        self._last_logged: dict[int, int] = {}
         if joined.attempt > 0:
             storage.delete([layout.BUNDLE])
         self._os_lock = storage.lock(layout.lock_path(key))
@@ -251,15 +239,20 @@ class RunWriter:
         self._segments = SegmentLog(storage, options, self._failures)
         # Flush 0 says that this writer exists; if it fails, the caller is told at once.
         self._segments.publish(header, tables([]))
-        self._buffers = BufferPool(options.queue_bytes)
         self._quota = Quota(options.queue_bytes, options.when_full)
         self._sink = ShardSink(
             storage, options, run_id=joined.info.run_id, key=key, failures=self._failures
         )
         self._pool = EncoderPool(self._sink, options, quota=self._quota, failures=self._failures)
-        self._staging = Staging(options, self._send)
-        self._generation = Generation(1)
-        self._ended: deque[Taken] = deque()
+        self._intake = Intake(
+            options,
+            joined,
+            pool=self._pool,
+            quota=self._quota,
+            failures=self._failures,
+            check_usable=self._check_usable,
+            request=self._request,
+        )
         self._committer = Committer(
             storage,
             options,
@@ -268,8 +261,8 @@ class RunWriter:
             segments=self._segments,
             pool=self._pool,
             failures=self._failures,
-            take=self._take,
-            has_news=lambda: not self._generation.is_empty,
+            take=self._intake.end,
+            has_news=lambda: self._intake.has_news,
         )
         _open_writers.add(self)
 
@@ -343,95 +336,8 @@ class RunWriter:
         begin = time.perf_counter()
         self._check_usable()
         number = check_mode(mode)
-        step = check_step(step)
-        scalars, tensors = self._snapshots(data, number)
-        with self._lock:
-            self._check_usable()
-            if any(self._staging.is_shared(self._generation, t[1], step) for t in tensors):
-                self._end_generation_early()
-            generation = self._generation
-            self._stamp(generation, step, number)
-            floats = generation.floats
-            for name, value in scalars:
-                stage = floats.get((number, name))
-                if stage is None:
-                    stage = self._staging.float_stage(generation, name, number)
-                group = stage.kept.group
-                if step <= group.last_step:
-                    self._staging.forget(generation, group, step)
-                else:
-                    group.last_step = step
-                stage.steps.append(step)
-                stage.values.append(value)
-            self._raw_nbytes += 8 * len(scalars)
-            generation.raw_nbytes += 8 * len(scalars)
-            for tensor, kept, nbytes, is_taken in tensors:
-                if is_taken:
-                    self._staging.add(generation, kept, tensor, step, nbytes)
-                    self._raw_nbytes += nbytes
-                else:
-                    self._staging.drop(generation, kept, step)
-            is_due = generation.raw_nbytes >= self._options.flush_bytes
-        if is_due:
-            self._committer.request(generation.number)
+        self._intake.take(data, check_step(step), number)
         self._log_s += time.perf_counter() - begin
-
-    def _snapshots(
-        self, data: Mapping[str, object], mode: int
-    ) -> tuple[list[tuple[str, float]], list[tuple[Tensor, Kept, int, bool]]]:
-        """Copy all values, before anything of the call is taken."""
-        scalars: list[tuple[str, float]] = []
-        tensors: list[tuple[Tensor, Kept, int, bool]] = []
-        held = 0
-        try:
-            items = data.items()
-            if any(isinstance(value, Mapping) for value in data.values()):
-                items = dict(flatten(data)).items()
-            for name, value in items:
-                if type(value) is float:
-                    if (mode, name) not in self._generation.floats:
-                        check_name(name)
-                    scalars.append((name, value))
-                    continue
-                global_shape: tuple[int, ...] = ()
-                origin: tuple[int, ...] = ()
-                check_name(name)
-                given = value
-                if isinstance(value, Part):
-                    global_shape, origin = check_part(name, value)
-                    given = value.value
-                size = getattr(given, "nbytes", 0)
-                nbytes = size if isinstance(size, int) and size > layout.INLINE_STEP_NBYTES else 0
-                is_taken = self._reserve(nbytes)
-                held += nbytes if is_taken else 0
-                shot = snapshot(name, given, empty=self._buffers.empty)
-                tensor = Tensor(name, shot, global_shape, origin)
-                if global_shape:
-                    check_box(tensor)
-                kept, raw_nbytes = self._staging.plan(tensor, mode)
-                queued = raw_nbytes if kept.storing != "inline" and is_taken else 0
-                if queued != nbytes and is_taken:  # what the value said of itself was a guess
-                    self._quota.release(nbytes - queued)
-                    held += queued - nbytes
-                tensors.append((tensor, kept, raw_nbytes, is_taken))
-        except BaseException:
-            self._quota.release(held)
-            raise
-        return scalars, tensors
-
-    def _stamp(self, into: Generation, step: int, mode: int, time_us: int | None = None) -> None:
-        """Note the step in the step table, once."""
-        if self._last_logged.get(mode) == step:
-            return
-        self._last_logged[mode] = step
-        steps, rows = into.step_tables.setdefault(mode, ([], []))
-        steps.append(step)
-        rows.append((self._mode_steps[mode], time_us or self._options.clock_us()))
-        self._mode_steps[mode] += 1
-        self._steps += 1
-        if step > self._max_step[mode]:
-            self._complete[mode] = max(self._complete[mode], step - 1)
-            self._max_step[mode] = step
 
     def stamp(self, step: int, mode: str | None, *, mode_step: int, wall_time_us: int) -> None:
         """Say when a step was made, and its number in its mode, before it is logged.
@@ -439,22 +345,13 @@ class RunWriter:
         For importers, which copy what happened elsewhere; otherwise `log` finds out itself.
         """
         self._check_usable()
-        number, step = check_mode(mode), check_step(step)
-        with self._lock:
-            following = max(self._mode_steps[number], check_step(mode_step) + 1)
-            self._mode_steps[number] = mode_step
-            self._last_logged.pop(number, None)
-            self._stamp(self._generation, step, number, wall_time_us)
-            self._mode_steps[number] = following
-
-    def _reserve(self, nbytes: int) -> bool:
-        return self._quota.reserve(
-            nbytes, ask_flush=lambda: self._committer.request(self._generation.number)
+        number = check_mode(mode)
+        self._intake.stamp(
+            check_step(step), number, mode_step=check_step(mode_step), time_us=wall_time_us
         )
 
-    def _send(self, generation: Generation, save: Save) -> None:
-        self._quota.begin()
-        self._pool.put(generation, save)
+    def _request(self, number: int) -> None:
+        self._committer.request(number)
 
     # --- flushing -----------------------------------------------------------------------
 
@@ -479,31 +376,11 @@ class RunWriter:
             The run is closed.
         """
         self._check_usable()
-        with self._lock:
-            number = self._generation.number
+        number = self._intake.number
         self._committer.request(number, durable=durable)
         is_safe = self._committer.wait(number, durable=durable)
         self._failures.check()
         return is_safe
-
-    def _take(self, is_last: bool) -> Taken:  # noqa: FBT001 - the committer's protocol
-        """Give the oldest generation that was not committed; the committer calls this."""
-        with self._lock:
-            return self._ended.popleft() if self._ended else self._end_generation(is_last=is_last)
-
-    def _end_generation(self, *, is_last: bool = False) -> Taken:
-        generation = self._generation
-        self._generation = Generation(generation.number + 1)
-        self._staging.finish(generation)
-        last = self._max_step if is_last else self._complete
-        steps = [max(pair) for pair in zip(last, self._complete, strict=True)]
-        return Taken(generation, (steps[0], steps[1], steps[2], steps[3]))
-
-    def _end_generation_early(self) -> None:
-        """Let what follows be published later than what is there."""
-        taken = self._end_generation()
-        self._ended.append(taken)
-        self._committer.request(taken.generation.number)
 
     def _check_usable(self) -> None:
         if os.getpid() != self._pid:
@@ -531,7 +408,7 @@ class RunWriter:
         """
         if os.getpid() != self._pid:  # a thread that is not in this process may hold the locks
             return self._report or self._make_report(0)
-        with self._lock:
+        with self._intake.lock:
             if self._is_closed:
                 return self._report or self._make_report(self._segments_nbytes())
             self._is_closed = True
@@ -550,7 +427,7 @@ class RunWriter:
             self._failures.note(error)
         self._report = self._make_report(self._segments_nbytes())
         self._storage.close()
-        self._buffers.clear()
+        self._intake.clear()
         _open_writers.discard(self)
         self._failures.check()
         if self._report.dropped:
@@ -562,10 +439,10 @@ class RunWriter:
 
     def _make_report(self, segments_nbytes: int) -> CloseReport:
         return CloseReport(
-            steps=self._steps,
-            raw_nbytes=self._raw_nbytes,
+            steps=self._intake.steps,
+            raw_nbytes=self._intake.raw_nbytes,
             stored_nbytes=self._sink.stored_nbytes + segments_nbytes,
-            dropped=self._committer.dropped,
+            dropped=self._committer.dropped + self._intake.unrecorded,
             failures=self._failures.count,
             stalled_s=self._quota.stalled_s,
             log_s=self._log_s,

@@ -52,7 +52,7 @@ class Kept:
 
 
 class SeriesBook:
-    """Finds or makes the `Kept` of a tensor; used under the writer's lock."""
+    """Finds or makes the `Kept` of a tensor; all threads may use it."""
 
     def __init__(self, options: WriterOptions) -> None:
         self._options = options
@@ -70,7 +70,7 @@ class SeriesBook:
         group = self._groups.get(key)
         if group is None:
             group = Group(name=name, mode=mode, global_shape=global_shape, origin=origin)
-            self._groups[key] = group
+            group = self._groups.setdefault(key, group)  # another thread may have been faster
         return group
 
     def kept(self, group: Group, dtype: str, shape: tuple[int, ...], step_nbytes: int) -> Kept:
@@ -85,7 +85,7 @@ class SeriesBook:
         if kept is None:
             kept = self._make(group, dtype, shape, step_nbytes)
             if dtype != dtypes.STRING and len(group.kept) < 1024:  # shapes may change for ever
-                group.kept[dtype, shape] = kept
+                kept = group.kept.setdefault((dtype, shape), kept)
         return kept
 
     def _make(self, group: Group, dtype: str, shape: tuple[int, ...], step_nbytes: int) -> Kept:

@@ -14,7 +14,7 @@ from tensorstore_fmt.format import grid, layout
 from tensorstore_fmt.format.strings import pack_strings
 from tensorstore_fmt.writing.convert import Snapshot, check_name
 from tensorstore_fmt.writing.options import WriterOptions
-from tensorstore_fmt.writing.pending import Generation, InlineStage, JoinedStage, Save
+from tensorstore_fmt.writing.pending import Generation, Held, InlineStage, Save
 from tensorstore_fmt.writing.series import Group, Kept, SeriesBook
 
 __all__ = ["Part", "Staging", "Tensor", "check_box", "check_part", "flatten"]
@@ -54,15 +54,27 @@ class Tensor:
 class Staging:
     """Sorts tensors into inline, joined and gridded ones.
 
+    A signal may end any method anywhere. Doing the same again is right then: what was taken
+    already is replaced.
+
     Parameters
     ----------
-    send
-        Takes a generation and a save that is ready for the encoders.
+    put
+        Queues a save of a generation for the encoders.
+    release
+        Gives back what was held for tensors that are not stored after all.
     """
 
-    def __init__(self, options: WriterOptions, send: Callable[[Generation, Save], None]) -> None:
+    def __init__(
+        self,
+        options: WriterOptions,
+        *,
+        put: Callable[[Generation, Save], None],
+        release: Callable[[list[Held]], None],
+    ) -> None:
         self._book = SeriesBook(options)
-        self._send = send
+        self._put = put
+        self._release = release
         self._floats: dict[tuple[int, str], Kept] = {}
 
     def plan(self, tensor: Tensor, mode: int) -> tuple[Kept, int]:
@@ -81,36 +93,40 @@ class Staging:
         group = self._book.group(tensor.name, mode, tensor.global_shape, tensor.origin)
         return self._book.kept(group, dtype, array.shape, nbytes), nbytes
 
-    def float_stage(self, generation: Generation, name: str, mode: int) -> InlineStage:
-        """Give the stage of a series of Python floats, which takes the short way."""
+    def plan_float(self, name: str, mode: int) -> Kept:
+        """Give how a Python float will be kept: it takes a short way."""
         kept = self._floats.get((mode, name))
         if kept is None:
             check_name(name)
             kept = self._book.kept(self._book.group(name, mode), "float64", (), 8)
-            self._floats[mode, name] = kept
-        stage = self._stage(generation, kept)
+            kept = self._floats.setdefault((mode, name), kept)
+        return kept
+
+    def float_stage(self, generation: Generation, name: str, mode: int) -> InlineStage:
+        """Give the stage of a series of Python floats."""
+        stage = self._stage(generation, self.plan_float(name, mode))
         generation.floats[mode, name] = stage
         return stage
 
     def add(
-        self, generation: Generation, kept: Kept, tensor: Tensor, step: int, nbytes: int
-    ) -> None:
-        """Take one tensor at one step."""
+        self, generation: Generation, kept: Kept, tensor: Tensor, step: int, held: Held
+    ) -> Save | None:
+        """Take one tensor at one step; give the save that has to be sent now."""
         array = tensor.snapshot.array
         group = kept.group
         if step <= group.last_step:
             self.forget(generation, group, step)
         group.last_step = max(group.last_step, step)
-        generation.raw_nbytes += nbytes
         if kept.storing == "inline":
-            stage = self._stage(generation, kept)
-            stage.steps.append(step)
             is_string = kept.series.dtype == dtypes.STRING
-            stage.values.append(array.reshape(-1).tolist() if is_string else array.tobytes())
-        elif kept.storing == "joined":
-            self._join(generation, kept, array, step, nbytes)
-        else:
-            self._save(generation, Save(kept, [step], [array], nbytes))
+            value = array.reshape(-1).tolist() if is_string else array.tobytes()
+            self._stage(generation, kept).rows.append((step, value))
+            return None
+        if kept.storing == "joined":
+            return self._join(generation, kept, array, step, held)
+        save = Save(kept, [(step, array, held)])
+        generation.saves.append(save)
+        return save
 
     def is_shared(self, generation: Generation, kept: Kept, step: int) -> bool:
         """Say whether a chunk of this generation holds the step together with others.
@@ -130,25 +146,36 @@ class Staging:
         for stage in generation.inline.values():
             if stage.kept.group is group:
                 stage.forget(step)
-        for joined in list(generation.joined.values()):
-            if joined.kept.group is group and step in joined.steps:
-                at = joined.steps.index(step)
-                del joined.steps[at], joined.arrays[at]
         for save in generation.saves:
-            if save.kept.group is group and step in save.steps:
-                save.replaced.add(step)
+            if save.kept.group is not group:
+                continue
+            if save.is_closed:
+                if step in save.steps:
+                    save.replaced.add(step)
+            elif gone := [held for at, _, held in save.rows if at == step]:
+                save.rows = [row for row in save.rows if row[0] != step]
+                self._release(gone)
 
     def drop(self, generation: Generation, kept: Kept, step: int) -> None:
         """Record a tensor that could not be taken."""
         if step <= kept.group.last_step:
             self.forget(generation, kept.group, step)
         kept.group.last_step = max(kept.group.last_step, step)
-        generation.dropped.append((kept.series, step))
+        what = (kept.series, step)
+        if generation.dropped[-1:] != [what]:
+            generation.dropped.append(what)
+
+    def send(self, generation: Generation, save: Save) -> None:
+        """Let the encoders have a save."""
+        save.close()
+        self._put(generation, save)
+        save.is_queued = True
 
     def finish(self, generation: Generation) -> None:
-        """Send the joined series that still wait to the encoders."""
-        for kept in list(generation.joined):
-            self._send_joined(generation, kept)
+        """Send what still waits to the encoders; nothing is added to the generation any more."""
+        for save in generation.saves:
+            if not save.is_queued:
+                self.send(generation, save)
 
     def _stage(self, generation: Generation, kept: Kept) -> InlineStage:
         stage = generation.inline.get(kept)
@@ -157,33 +184,20 @@ class Staging:
         return stage
 
     def _join(
-        self, generation: Generation, kept: Kept, array: np.ndarray, step: int, nbytes: int
-    ) -> None:
-        stage = generation.joined.get(kept)
-        if stage is not None and stage.steps and step <= stage.steps[-1]:
-            self._send_joined(generation, kept)  # steps of a save ascend
-            stage = None
-        if stage is None:
-            stage = generation.joined[kept] = JoinedStage(kept)
-        stage.steps.append(step)
-        stage.arrays.append(array)
-        stage.nbytes += nbytes
-        if (
-            stage.nbytes + kept.step_nbytes > grid.DEFAULT_CHUNK_NBYTES
-            or len(stage.steps) >= _MAX_JOINED_STEPS
-        ):
-            self._send_joined(generation, kept)
-
-    def _send_joined(self, generation: Generation, kept: Kept) -> None:
-        stage = generation.joined.pop(kept)
-        if stage.steps:
-            self._save(generation, Save(kept, stage.steps, stage.arrays, stage.nbytes))
-
-    def _save(self, generation: Generation, save: Save) -> None:
-        generation.saves.append(save)
-        with generation.done:
-            generation.outstanding += 1
-        self._send(generation, save)
+        self, generation: Generation, kept: Kept, array: np.ndarray, step: int, held: Held
+    ) -> Save | None:
+        save = generation.joined.get(kept)
+        if save is not None and (save.is_closed or (save.rows and step <= save.rows[-1][0])):
+            self.send(generation, save)  # steps of a save ascend
+            save = None
+        if save is None:
+            save = Save(kept)
+            generation.saves.append(save)
+            generation.joined[kept] = save
+        save.rows.append((step, array, held))
+        n = len(save.rows)
+        is_full = (n + 1) * kept.step_nbytes > grid.DEFAULT_CHUNK_NBYTES or n >= _MAX_JOINED_STEPS
+        return save if is_full else None
 
 
 def _string_nbytes(array: np.ndarray) -> int:

@@ -162,17 +162,7 @@ def test_close_while_another_thread_logs(folder: Path, repeat: int) -> None:
     assert seen.prefix == ended.said["logged"]
 
 
-LOG = pytest.param(
-    "log",
-    marks=pytest.mark.xfail(
-        strict=True,
-        reason="between two appends that belong together, and between counting a save and queueing "
-        "it, a Ctrl-C leaves a chunk that cannot be read, or a flush that never ends",
-    ),
-)
-
-
-@pytest.mark.parametrize("where", [LOG, "flush", "close"])
+@pytest.mark.parametrize("where", ["log", "flush", "close"])
 def test_ctrl_c_at_every_line(folder: Path, where: str) -> None:
     with ForkServer([MODULE]) as server:
         lines = server.call(MODULE, "interrupt_at", f"{folder}/dry", 0, where)["lines"]
