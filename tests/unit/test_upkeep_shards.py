@@ -1,0 +1,567 @@
+"""Shards whose Arrow frame, rows or footer are damaged or hostile: found, and never believed."""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.ipc
+import pytest
+from support.shard_files import (
+    KEY,
+    NAME,
+    RUN_ID,
+    batch_field,
+    footer_field,
+    frame_of,
+    hand_made_batch,
+    message_field,
+    put,
+    shard_bytes,
+    shard_row,
+)
+
+from tensorstore_fmt.errors import FormatError
+from tensorstore_fmt.format import layout
+from tensorstore_fmt.format.shard import SHARD_SCHEMA
+from tensorstore_fmt.storage import Storage, open_storage
+from tensorstore_fmt.upkeep import arrow_file, sealing, shard_check
+from tensorstore_fmt.upkeep.arrow_file import Block
+from tensorstore_fmt.upkeep.sealing import SealError, seal
+from tensorstore_fmt.upkeep.shard_child import ChildDiedError, ShardChild
+
+ROWS = [[shard_row(bytes([n]) * 100, step=n, flush=n)] for n in range(3)]
+SEALED = shard_bytes(*ROWS)
+OPEN = shard_bytes(*ROWS, sealed=False)
+FRAME = frame_of(SEALED)
+AT = [block.offset for block in FRAME.batches]
+SCHEMA = SEALED[8 : FRAME.batches[0].offset]
+
+# --- the frame --------------------------------------------------------------------------
+
+
+def test_what_stands_where() -> None:
+    assert FRAME.is_sealed
+    assert FRAME.is_ended
+    assert FRAME.problem is None
+    assert FRAME.torn_nbytes == 0
+    assert [b.rows for b in FRAME.batches] == [1, 1, 1]
+    for n, block in enumerate(FRAME.batches):
+        assert SEALED[block.payload_at : block.payload_at + 100] == bytes([n]) * 100
+        assert block.payload_nbytes == 128
+    assert [b.place for b in FRAME.footer or ()] == [b.place for b in FRAME.batches]
+    frame = frame_of(OPEN)
+    assert frame.batches == FRAME.batches
+    assert (frame.footer, frame.is_ended, frame.problem, frame.end) == (
+        None,
+        False,
+        None,
+        len(OPEN),
+    )
+
+
+@pytest.mark.parametrize("data", [b"", b"ARROW1", b"ARROW1\0\1" + bytes(64), b"x" * 64])
+def test_what_is_no_arrow_file(data: bytes) -> None:
+    frame = frame_of(data)
+    assert frame.problem is not None
+    assert frame.schema is None
+    assert not frame.batches
+
+
+def test_a_file_cut_anywhere_holds_the_batches_that_are_whole() -> None:
+    ends = [b.end for b in FRAME.batches]
+    for n in range(len(SEALED)):
+        frame = frame_of(SEALED[:n])
+        assert not frame.is_sealed
+        assert frame.batches == FRAME.batches[: sum(end <= n for end in ends)]
+        assert frame.end <= n
+        assert frame.torn_nbytes == n - frame.end
+
+
+def test_a_flipped_bit_gives_no_batch_that_lies_elsewhere() -> None:
+    """Found are batches of the file as it was, or none; nothing outside is asked for."""
+    good = {b.place for b in FRAME.batches}
+    rng = np.random.default_rng(0)
+    bits = rng.integers(0, 8, len(SEALED)).tolist()
+    for at, bit in enumerate(bits):
+        if any(b.payload_at <= at < b.end for b in FRAME.batches):
+            continue  # the frame does not look there
+        frame = frame_of(put(SEALED, at, "<B", SEALED[at] ^ 1 << bit))
+        for block in frame.batches:
+            assert block.end <= len(SEALED)
+            if block.place not in good:
+                assert frame.problem or not frame.is_sealed or frame.batches != frame.footer
+
+
+ROOT = int.from_bytes(SEALED[AT[1] + 8 : AT[1] + 12], "little")
+MESSAGES = [
+    ("an odd mark", AT[1], "<I", 0xFFFFFFFE),
+    ("a length that is not of words", AT[1] + 4, "<I", 12),
+    ("a length beyond the file", AT[1] + 4, "<I", 1 << 23),
+    ("a length above the limit", AT[1] + 4, "<I", (16 << 20) + 8),
+    ("a root outside", AT[1] + 8, "<I", 1 << 20),
+    ("a vtable outside", AT[1] + 8 + ROOT, "<i", -5000),
+    ("another version", message_field(SEALED, AT[1], 0), "<h", 3),
+    ("another type", message_field(SEALED, AT[1], 1), "<B", 2),
+    ("a second schema", message_field(SEALED, AT[1], 1), "<B", 1),
+    ("a negative body", message_field(SEALED, AT[1], 3), "<q", -8),
+    ("a body of odd length", message_field(SEALED, AT[1], 3), "<q", 9),
+    ("a body beyond the file", message_field(SEALED, AT[1], 3), "<q", 1 << 40),
+    ("a header outside", message_field(SEALED, AT[1], 2), "<I", 1 << 20),
+    ("more buffers than there are", batch_field(SEALED, AT[1], 2), "<I", 1 << 20),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("at", "form", "value"), [m[1:] for m in MESSAGES], ids=[m[0] for m in MESSAGES]
+)
+def test_damaged_messages(at: int, form: str, value: int) -> None:
+    damaged = put(SEALED, at, form, value)
+    frame = frame_of(damaged)
+    assert frame.problem is not None
+    assert frame.end == AT[1]
+    assert frame.batches == (FRAME.batches[0], FRAME.batches[2])  # the footer knows the third
+    frame = frame_of(put(OPEN, at, form, value))
+    assert frame.batches == FRAME.batches[:1]
+    assert frame.torn_nbytes == len(OPEN) - AT[1]
+
+
+def test_messages_that_lack_something() -> None:
+    """Fields with their default are left out of a FlatBuffer."""
+    size = int.from_bytes(SEALED[AT[1] + 4 : AT[1] + 8], "little")
+    begin = AT[1] + 8
+    table = begin + int.from_bytes(SEALED[begin : begin + 4], "little")
+    vtable = table - struct.unpack_from("<i", SEALED, table)[0]
+    for number in (0, 2):  # no version, no header
+        frame = frame_of(put(SEALED, vtable + 4 + 2 * number, "<H", 0))
+        assert frame.problem is not None
+        assert len(frame.batches) == 2
+    batch = begin + arrow_file._Table.root(SEALED[begin : begin + size]).table(2).at
+    slots = batch - struct.unpack_from("<i", SEALED, batch)[0] + 4
+    without = frame_of(put(SEALED, slots + 2 * 2, "<H", 0))  # no buffers: no payload then
+    assert without.batches[1].payload_nbytes == 0
+    compressed = pa.ipc.IpcWriteOptions(compression="zstd")
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, pa.schema([("a", pa.int64())]), options=compressed) as writer:
+        writer.write_batch(pa.record_batch({"a": pa.array(range(1000))}))
+    frame = frame_of(sink.getvalue().to_pybytes())
+    assert frame.problem is not None
+    assert not frame.batches
+
+
+def test_buffers_outside_of_their_batch() -> None:
+    at = batch_field(SEALED, AT[1], 2)
+    at += int.from_bytes(SEALED[at : at + 4], "little")
+    count = int.from_bytes(SEALED[at : at + 4], "little")
+    last = at + 4 + 16 * (count - 1)
+    body = FRAME.batches[1].body_nbytes
+    for offset, nbytes in ((-8, 8), (0, -8), (body, 8), (0, body + 8)):
+        frame = frame_of(put(SEALED, last, "<qq", offset, nbytes))
+        assert frame.problem is not None
+        assert len(frame.batches) == 2
+
+
+def test_a_schema_longer_than_the_first_read() -> None:
+    schema = pa.schema([("a", pa.int64())], metadata={"x": "y" * 10_000})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, schema) as writer:
+        writer.write_batch(pa.record_batch([pa.array([1])], schema=schema))
+    data = sink.getvalue().to_pybytes()
+    frame = frame_of(data)
+    assert frame.problem is None
+    assert frame.batches[0].offset > 10_000
+    assert frame_of(data[:9000]).problem is not None
+
+
+FOOTERS = [
+    ("longer than the file", len(SEALED) - 10, "<I", len(SEALED)),
+    ("above the limit", len(SEALED) - 10, "<I", (64 << 20) + 1),
+    ("of another version", footer_field(SEALED, 0), "<h", 3),
+    ("with more batches than it holds", None, "<I", 1 << 20),
+    ("with a batch in the magic", None, "<q", 0),
+    ("with a batch at an odd place", None, "<q", 12),
+    ("with a batch behind itself", None, "<q", 1 << 40),
+    ("cut to nothing", len(SEALED) - 10, "<I", 0),
+    ("a few bytes long", len(SEALED) - 10, "<I", 3),
+]
+
+
+@pytest.mark.parametrize(
+    ("at", "form", "value"), [m[1:] for m in FOOTERS], ids=[m[0] for m in FOOTERS]
+)
+def test_damaged_footers(at: int | None, form: str, value: int) -> None:
+    if at is None:
+        at = footer_field(SEALED, 3)
+        at += int.from_bytes(SEALED[at : at + 4], "little") + (0 if form == "<I" else 4)
+    frame = frame_of(put(SEALED, at, form, value))
+    assert not frame.is_sealed
+    assert frame.problem is not None
+    assert frame.is_ended
+    assert frame.batches == FRAME.batches
+
+
+def test_a_footer_with_dictionaries() -> None:
+    sink = pa.BufferOutputStream()
+    values = pa.array(["x", "y", "x"]).dictionary_encode()
+    with pa.ipc.new_file(sink, pa.schema([("a", values.type)])) as writer:
+        writer.write_batch(pa.record_batch({"a": values}))
+    frame = frame_of(sink.getvalue().to_pybytes())
+    assert not frame.is_sealed
+    assert frame.problem is not None
+
+
+def test_batches_up_to_the_footer_without_an_end_mark() -> None:
+    data = OPEN + SEALED[FRAME.footer_at :]
+    frame = frame_of(data)
+    assert frame.is_sealed
+    assert not frame.is_ended
+    assert frame.problem is not None
+
+
+def test_a_footer_gets_the_places_of_as_many_batches_as_it_lists() -> None:
+    tail = SEALED[FRAME.end :]
+    places = tuple((64 + 8 * n, 16, 24) for n in range(3))
+    made = arrow_file.patch_footer(tail, places)
+    assert len(made) == len(tail)
+    assert [b.place for b in arrow_file.parse_footer(made[8:-10], 200)] == list(places)
+    assert arrow_file.patch_footer(made, tuple(b.place for b in FRAME.batches)) == tail
+    with pytest.raises(FormatError) as caught:
+        arrow_file.patch_footer(tail, places[:2])
+    assert caught.value.code == "malformed"
+
+
+# --- the child's answers, in this process ---------------------------------------------------
+
+
+def schema_request(**changes: Any) -> dict[str, Any]:
+    request = {"op": "schema", "run_id": RUN_ID.hex(), "number": NAME.number}
+    request |= {"worker": KEY.worker, "attempt": KEY.attempt, "writer": KEY.writer}
+    return request | changes
+
+
+@pytest.fixture
+def checker() -> shard_check._Checker:
+    made = shard_check._Checker()
+    assert made.answer(schema_request(), SCHEMA) == ({}, b"")
+    return made
+
+
+@pytest.mark.parametrize(
+    ("metadata", "request_", "code"),
+    [
+        (None, {"number": 5}, "wrong_run"),
+        (None, {"run_id": bytes(16).hex()}, "wrong_run"),
+        (None, {"writer": 4}, "wrong_run"),
+        ({}, {}, "malformed"),
+        ({layout.FORMAT_NAME: "no json"}, {}, "malformed"),
+        ({layout.FORMAT_NAME: "[]"}, {}, "malformed"),
+        ({layout.FORMAT_NAME: "{}"}, {}, "malformed"),
+    ],
+)
+def test_schemas_that_are_refused(
+    checker: shard_check._Checker, metadata: Any, request_: dict[str, Any], code: str
+) -> None:
+    schema = pa.ipc.read_schema(pa.py_buffer(SCHEMA))
+    if metadata is not None:
+        schema = schema.with_metadata(metadata)
+    answer, _ = checker.answer(schema_request(**request_), schema.serialize().to_pybytes())
+    assert answer["code"] == code
+    about = schema.metadata or {}
+    newer = {
+        k: v.replace(b'"format_version": [1', b'"format_version": [2') for k, v in about.items()
+    }
+    if metadata is None and not request_.get("run_id"):
+        schema = schema.with_metadata(newer)
+        answer, _ = checker.answer(schema_request(), schema.serialize().to_pybytes())
+        assert answer["code"] == "unsupported_version"
+
+
+def test_other_columns_are_refused(checker: shard_check._Checker) -> None:
+    for schema in (SHARD_SCHEMA.remove(0), SHARD_SCHEMA.set(0, pa.field("name", pa.binary()))):
+        answer, _ = checker.answer(schema_request(), schema.serialize().to_pybytes())
+        assert answer["code"] == "malformed"
+
+
+def batch_answer(
+    checker: shard_check._Checker, message: bytes, *, payload_at: int = 64, flushes: Any = ()
+) -> dict[str, Any]:
+    request = {"op": "batch", "payload_at": payload_at, "flushes": list(flushes)}
+    return checker.answer(request, message)[0]
+
+
+def test_rows_that_prove_themselves_are_given_if_wanted(checker: shard_check._Checker) -> None:
+    block = FRAME.batches[2]
+    message = SEALED[block.offset : block.end]
+    for flushes, count in (([], 0), ([(0, 1)], 0), ([(0, 0), (2, 5)], 1)):
+        answer = batch_answer(checker, message, payload_at=block.payload_at, flushes=flushes)
+        assert (answer["rows"], answer["bad"], len(answer["found"])) == (1, [], count)
+        assert answer["places"] == [[block.payload_at], [100]]
+        for row in answer["found"]:
+            assert (row["step"], row["offset"], row["name"]) == (2, block.payload_at, "x")
+
+
+def padded(payload: bytes) -> bytes:
+    return payload.ljust(-(-len(payload) // 64) * 64, b"\0")
+
+
+ROW = shard_row(b"abc", step=7, stride=2, count=3, name="é")
+
+
+@pytest.mark.parametrize(
+    ("columns", "payload", "code"),
+    [
+        ({"step": [8]}, b"abc", "checksum"),
+        ({"name": ["e"]}, b"abc", "checksum"),
+        ({"row_crc": [1]}, b"abc", "checksum"),
+        ({}, b"abd", "checksum"),
+        ({}, padded(b"abc")[:-1] + b"\1", "malformed"),
+        ({}, padded(b"abc") + bytes(64), "malformed"),
+        ({}, b"", "malformed"),
+    ],
+)
+def test_rows_that_prove_nothing(
+    checker: shard_check._Checker, columns: dict[str, Any], payload: bytes, code: str
+) -> None:
+    stored = payload if len(payload) != 3 else padded(payload)
+    message = hand_made_batch([(ROW, stored)], **columns)
+    answer = batch_answer(checker, message, flushes=[(0, 9)])
+    ((number, found, _, at, name, steps),) = answer["bad"]
+    assert (number, found, at) == (0, code, 64)
+    assert not answer["found"]
+    if not columns:
+        assert (name, steps) == ("é", [7, 9, 11])
+    good = batch_answer(checker, hand_made_batch([(ROW, padded(b"abc"))]), flushes=[(0, 9)])
+    assert not good["bad"]
+    odd = batch_answer(checker, hand_made_batch([(ROW, padded(b"abc"))]), payload_at=60)
+    assert odd["bad"][0][1] == "malformed"
+
+
+def test_batches_without_rows_or_with_nulls(checker: shard_check._Checker) -> None:
+    answer = batch_answer(checker, hand_made_batch([]))
+    assert answer == {"rows": 0, "bad": [], "found": [], "places": [[], []]}
+    with pytest.raises(ValueError, match="nulls"):
+        batch_answer(checker, hand_made_batch([(ROW, padded(b"abc"))], step=[None]))
+
+
+def test_footers(checker: shard_check._Checker) -> None:
+    request = {"op": "footer", "nbytes": len(SEALED), "batches": 3}
+    tail = SEALED[FRAME.footer_at :]
+    assert checker.answer(request, tail) == ({}, b"")
+    assert "what" in checker.answer(request | {"batches": 2}, tail)[0]
+    other = shard_check._Checker()
+    other.answer(schema_request(), SHARD_SCHEMA.serialize().to_pybytes())
+    assert "what" in other.answer(request, tail)[0]  # without the metadata
+
+
+def test_a_file_of_which_only_the_end_is_there() -> None:
+    source = shard_check._Sparse(b"0123456789", 100)
+    assert source.readable()
+    assert source.seekable()
+    assert (source.seek(-10, 2), source.tell()) == (90, 90)
+    assert source.read(4) == b"0123"
+    assert (source.seek(2, 1), source.read()) == (96, b"6789")
+    assert (source.seek(0), source.read(8)) == (0, arrow_file.MAGIC)
+    assert source.seek(0) == 0
+    with pytest.raises(OSError, match="footer"):
+        source.read()
+    source.seek(50)
+    with pytest.raises(OSError, match="footer"):
+        source.read(1)
+
+
+def test_what_a_file_needs_behind_its_last_batch(checker: shard_check._Checker) -> None:
+    request = {"op": "seal", "blocks": [b.place for b in FRAME.batches]}
+    answer, tail = checker.answer(request, SCHEMA)
+    assert answer == {}
+    assert OPEN + tail == SEALED
+    assert checker.answer({"op": "seal", "blocks": []}, SCHEMA)[0] == {}
+
+
+def open_answer(checker: shard_check._Checker, path: Path, data: bytes) -> dict[str, Any]:
+    path.write_bytes(data)
+    return checker.answer({"op": "open", "path": str(path), "nbytes": len(SEALED)}, b"")[0]
+
+
+def test_files_as_anybody_would_open_them(checker: shard_check._Checker, tmp_path: Path) -> None:
+    path = tmp_path / "a.arrow"
+    assert open_answer(checker, path, SEALED) == {"batches": 3}
+    blocks = [b.place for b in FRAME.batches]
+    tail = SEALED[FRAME.end :]
+    swapped = OPEN + arrow_file.patch_footer(tail, (blocks[0], blocks[2], blocks[1]))
+    assert "what" in open_answer(checker, path, swapped)
+    fewer = shard_bytes(*ROWS[:2])
+    short_tail = arrow_file.patch_footer(fewer[frame_of(fewer).end :], tuple(blocks[:2]))
+    path.write_bytes(OPEN + short_tail)
+    request = {"op": "open", "path": str(path), "nbytes": len(OPEN + short_tail)}
+    assert "what" in checker.answer(request, b"")[0]
+    assert "what" in checker.answer(request | {"nbytes": 17}, b"")[0]
+
+
+# --- the child itself --------------------------------------------------------------------
+
+
+def test_requests_until_the_input_ends() -> None:
+    """A request that is damaged is answered; half of one ends the process in good order."""
+
+    def framed(text: bytes, data: bytes = b"") -> bytes:
+        return shard_check.FRAME.pack(len(text), len(data)) + text + data
+
+    asked = framed(json.dumps(schema_request()).encode(), SCHEMA)
+    asked += framed(b'{"op": "batch", "payload_at": 0, "flushes": []}', b"no message")
+    asked += framed(b'{"op": "batch"}', SEALED[AT[0] : FRAME.batches[0].end])
+    for rest in (b"", b"half", framed(b"{}")[:-1]):
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "tensorstore_fmt.upkeep.shard_check"],
+            input=asked + rest,
+            capture_output=True,
+            timeout=60,
+            check=True,
+        )
+        answers, out = [], done.stdout
+        while out:
+            text_nbytes, made_nbytes = shard_check.FRAME.unpack_from(out)
+            begin = shard_check.FRAME.size
+            answers.append(json.loads(out[begin : begin + text_nbytes]))
+            out = out[begin + text_nbytes + made_nbytes :]
+        assert [a.get("code") for a in answers] == [None, "malformed", "malformed"]
+
+
+def test_a_child_that_dies_is_started_again() -> None:
+    block = FRAME.batches[1]
+    message = SEALED[block.offset : block.end]
+    with ShardChild() as child:
+        assert child.schema(RUN_ID, NAME, SCHEMA) == {}
+        child._process.kill()
+        child._process.wait()
+        with pytest.raises(ChildDiedError):
+            child.batch(block, message)
+        assert child.batch(block, message)["rows"] == 1  # it knows the schema again
+    child.close()
+
+
+def test_a_child_that_takes_too_long_is_ended() -> None:
+    with ShardChild(timeout_s=0.0) as child:
+        with pytest.raises(ChildDiedError):
+            child.schema(RUN_ID, NAME, SCHEMA)
+        with pytest.raises(ChildDiedError):
+            child.batch(FRAME.batches[0], bytes(1 << 20))
+
+
+# --- sealing -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    (tmp_path / "shards").mkdir()
+    return open_storage(tmp_path, writable=True)
+
+
+def sealed(
+    storage: Storage,
+    data: bytes,
+    needed: int | None,
+    *,
+    child: ShardChild | None = None,
+    **more: Any,
+) -> tuple[str | None, bytes]:
+    """Put a shard into a folder and seal it; give the answer and the file as it is then."""
+    path = Path(storage._root) / NAME.path
+    path.write_bytes(data)
+    options: dict[str, Any] = {"run_id": RUN_ID, "nbytes": len(data), "dry_run": False} | more
+    with child or ShardChild() as one:
+        try:
+            done = seal(
+                storage,
+                options["run_id"],
+                NAME,
+                options["nbytes"],
+                needed=needed,
+                child=one,
+                dry_run=options["dry_run"],
+            )
+        except SealError as error:
+            done = f"left: {error}"
+    return done, path.read_bytes()
+
+
+def test_sealing_gives_the_file_that_its_writer_would_have_made(storage: Storage) -> None:
+    torn = SEALED[AT[1] : AT[1] + 100]
+    for data, needed in (
+        (OPEN, len(OPEN)),
+        (OPEN + torn, len(OPEN)),
+        (OPEN, None),
+        (SEALED[:-1], 0),
+    ):
+        done, made = sealed(storage, data, needed)
+        assert done is not None
+        assert not done.startswith("left")
+        assert made == SEALED
+        assert sealed(storage, data, needed, dry_run=True) == (done, data)
+    assert sealed(storage, SEALED, len(OPEN)) == (None, SEALED)
+
+
+@pytest.mark.parametrize(
+    ("data", "needed"),
+    [
+        (OPEN + SEALED[AT[1] : AT[1] + 100], None),  # who knows whether entries name these
+        (OPEN, len(OPEN) + 1),  # it was longer once
+        (put(OPEN, AT[1], "<I", 0), len(OPEN)),  # damaged before what entries name
+        (put(SEALED, AT[1], "<I", 0), len(OPEN)),  # the same, with a footer
+        (b"junk" * 30, 100),
+        (put(OPEN, OPEN.index(b"run_id") + 12, "<B", 0x66), len(OPEN)),  # of another run
+    ],
+)
+def test_what_is_left_as_it_is(storage: Storage, data: bytes, needed: int | None) -> None:
+    done, made = sealed(storage, data, needed)
+    assert done is not None
+    assert done.startswith("left")
+    assert made == data
+
+
+def test_a_shard_that_was_never_begun_needs_no_footer(storage: Storage) -> None:
+    for data in (b"", b"junk" * 30):
+        assert sealed(storage, data, 0) == (None, data)
+
+
+def test_nothing_is_written_if_the_child_dies(storage: Storage) -> None:
+    done, made = sealed(storage, OPEN, len(OPEN), child=ShardChild(timeout_s=0.0))
+    assert done is not None
+    assert done.startswith("left")
+    assert made == OPEN
+
+
+def test_objects_cannot_be_sealed(tmp_path: Path) -> None:
+    with open_storage(f"memory://{tmp_path.name}-seal/run", writable=True) as storage:
+        storage.publish(NAME.path, [OPEN])
+        with ShardChild() as child, pytest.raises(SealError):
+            seal(storage, RUN_ID, NAME, len(OPEN), needed=0, child=child, dry_run=False)
+
+
+def test_a_file_that_changes_meanwhile_is_not_touched(storage: Storage) -> None:
+    path = Path(storage._root) / NAME.path
+    path.write_bytes(OPEN + b"more")
+    with pytest.raises(SealError):
+        sealing._append(storage, NAME, frame_of(OPEN), SEALED[len(OPEN) :])
+    assert path.read_bytes() == OPEN + b"more"
+
+
+@pytest.mark.parametrize("timeout_s", [60.0, 0.0])
+def test_a_footer_that_does_not_open_is_taken_away_again(
+    storage: Storage, timeout_s: float
+) -> None:
+    path = Path(storage._root) / NAME.path
+    junk = b"this is no footer at all, ARROW1"
+    path.write_bytes(OPEN + junk)
+    with ShardChild(timeout_s=timeout_s) as child, pytest.raises(SealError):
+        sealing._check(storage, NAME, frame_of(OPEN), junk, child)
+    assert path.read_bytes() == OPEN
+
+
+def test_blocks_know_their_end() -> None:
+    assert Block(8, 16, 24).end == 48
