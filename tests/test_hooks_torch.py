@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +21,9 @@ torch = pytest.importorskip("torch")
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 from tensorstore_fmt.hooks import torch_values  # noqa: E402
+from tensorstore_fmt.hooks.guard import Guard  # noqa: E402
 from tensorstore_fmt.hooks.torch import attach  # noqa: E402
+from tensorstore_fmt.hooks.torch_staging import Staging  # noqa: E402
 
 EVERYTHING = (
     "losses",
@@ -523,3 +526,69 @@ def test_save_config() -> None:
     for bad in ({"every": -1}, {"end": 1.5}, {"modes": {"TEST": None}}):
         with pytest.raises(ArgumentError):
             SaveConfig(**bad)  # type: ignore[arg-type]
+
+
+def test_staging_logs_what_was_there_when_it_was_put() -> None:
+    """The way of tensors from a device, with those of the CPU sent along it."""
+    logged: list[tuple[int, float, int]] = []
+    release = threading.Event()
+
+    def log(values: dict[str, Any], step: int, _mode: str | None) -> None:
+        release.wait(30)
+        logged.append((step, float(values["x"][0]), values["part"].origin[0]))
+
+    guard = Guard("warn")
+    nbytes = 2 * 1000 * 4
+    staging = Staging(log, guard, devices=frozenset({"cpu"}), most_bytes=3 * nbytes)
+    x = torch.zeros(1000)
+    assert staging.takes({"a": 1.0, "x": x})
+    assert not staging.takes({"a": 1.0})
+    threading.Timer(0.2, release.set).start()
+    for step in range(10):
+        x.fill_(step)
+        part = tsf.Part(value=x, global_shape=(2000,), origin=(step,))
+        staging.put({"x": x, "part": part}, step, "TRAIN")
+    x.fill_(-1)
+    assert staging.stalls >= 1
+    staging.close()
+    assert logged == [(step, float(step), step) for step in range(10)]
+    assert not guard.failures
+
+
+def test_staging_goes_on_after_a_failure() -> None:
+    logged: list[int] = []
+    release = threading.Event()
+
+    def log(_values: dict[str, Any], step: int, _mode: str | None) -> None:
+        release.wait(30)
+        if step == 1:
+            raise ValueError("made to fail")
+        logged.append(step)
+
+    guard = Guard("warn")
+    staging = Staging(log, guard, devices=frozenset({"cpu"}), most_bytes=800)
+    for step in range(3):
+        staging.put({"x": torch.zeros(4)}, step, None)
+    with pytest.warns(RuntimeWarning, match="made to fail"):
+        release.set()
+        staging.close()
+    assert logged == [0, 2]
+    assert sum(guard.failures.values()) == 1
+
+
+@pytest.mark.hardware
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_tensors_of_a_gpu(url: Path) -> None:
+    """In-place changes right after the hook do not reach what is saved."""
+    model = torch.nn.Sequential(torch.nn.Linear(512, 512), torch.nn.ReLU(inplace=True)).cuda()
+    seen = []
+    with attach(model, url, collections=["activations"], every=1, on_error="raise"):
+        for step in range(20):
+            x = torch.full((256, 512), float(step), device="cuda")
+            output = model(x)
+            seen.append(output.detach().cpu().numpy())
+            with torch.no_grad():
+                output.mul_(0)
+    with tsf.open_run(url) as run:
+        for step, expected in enumerate(seen):
+            np.testing.assert_array_equal(run["1/output"].read(step=step), expected)

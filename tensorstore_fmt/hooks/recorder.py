@@ -10,6 +10,7 @@ import torch
 from tensorstore_fmt.hooks.collections import Chooser, Kind, Wanted
 from tensorstore_fmt.hooks.guard import Guard
 from tensorstore_fmt.hooks.reductions import Reduction
+from tensorstore_fmt.hooks.torch_staging import Staging
 from tensorstore_fmt.hooks.torch_values import as_value, quantiles, reduce
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class Recorder:
         self._chooser = chooser
         self._guard = guard
         self._prefix = prefix
+        self._staging = Staging(self._log_staged, guard)
         self._lock = threading.Lock()
         self._waiting: dict[str, list[tuple[str, torch.Tensor, Reduction]]] = {}
         self.step = 0
@@ -72,7 +74,17 @@ class Recorder:
         """Log values at the present step, under this hook's prefix."""
         if self._prefix:
             values = {self._prefix + name: value for name, value in values.items()}
-        self._run.log(values, step=self.step, mode=self.mode)
+        if self._staging.takes(values):
+            self._staging.put(values, self.step, self.mode)
+        else:
+            self._run.log(values, step=self.step, mode=self.mode)
+
+    def close(self) -> None:
+        """Wait until what lies on its way from a device is logged."""
+        self._staging.close()
+
+    def _log_staged(self, values: dict[str, object], step: int, mode: str | None) -> None:
+        self._run.log(values, step=step, mode=mode)
 
     def _add(
         self, values: dict[str, object], name: str, tensor: torch.Tensor, wanted: Wanted

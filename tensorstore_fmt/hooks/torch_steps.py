@@ -71,6 +71,7 @@ class Steps:
             handle.remove()
         self._handles.clear()
         self.recorder.is_due = False
+        self.recorder.close()
 
     @property
     def is_attached(self) -> bool:
