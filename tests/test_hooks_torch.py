@@ -569,8 +569,8 @@ def test_staging_goes_on_after_a_failure() -> None:
     staging = Staging(log, guard, devices=frozenset({"cpu"}), most_bytes=800)
     for step in range(3):
         staging.put({"x": torch.zeros(4)}, step, None)
+    threading.Timer(0.1, release.set).start()
     with pytest.warns(RuntimeWarning, match="made to fail"):
-        release.set()
         staging.close()
     assert logged == [0, 2]
     assert sum(guard.failures.values()) == 1
