@@ -6,7 +6,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from tensorstore_fmt.cli.failures import EXIT_PROBLEM
+from tensorstore_fmt.cli.failures import EXIT_PROBLEM, UsageError
 from tensorstore_fmt.cli.output import Output
 from tensorstore_fmt.cli.session import json_options, storage_options
 
@@ -20,6 +20,11 @@ def import_(arguments: Namespace, output: Output) -> int:
     """Copy what others wrote into a new run; 1 if something was lost."""
     from tensorstore_fmt.interop import importing  # NumPy and Arrow, which help needs not
 
+    more = {"step_pattern": arguments.step_pattern, "mode": arguments.mode}
+    more = {name: value for name, value in more.items() if value is not None}
+    if more and arguments.kind not in ("safetensors", "npz"):
+        option = next(iter(more)).replace("_", "-")
+        raise UsageError(f"--{option} is for safetensors and npz, not for {arguments.kind}")
     work: Callable[..., ImportReport] = getattr(importing, f"import_{arguments.kind}")
     report = work(
         arguments.source,
@@ -27,6 +32,7 @@ def import_(arguments: Namespace, output: Output) -> int:
         source_options=json_options(arguments.source_options, "--source-options"),
         storage_options=storage_options(arguments),
         progress=output.progress,
+        **more,
     )
     output.end_progress()
     if output.is_json:

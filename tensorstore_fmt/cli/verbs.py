@@ -197,13 +197,16 @@ def _add_import(verbs: Verbs, common: argparse.ArgumentParser) -> None:
         "make a run of what another tool wrote",
         "Exit code 1 and a list of what was lost if files of SRC are damaged or missing; all that\n"
         "can be read is imported.\n\n"
-        "  tensorstore-fmt import smdebug s3://bucket/job/debug-output runs/job",
+        "  tensorstore-fmt import smdebug s3://bucket/job/debug-output runs/job\n"
+        "  tensorstore-fmt import tensorboard logs runs/logs\n"
+        "  tensorstore-fmt import safetensors checkpoints runs/checkpoints\n"
+        "  tensorstore-fmt import npz out runs/out --step-pattern 'epoch=([0-9]+)'",
     )
     parser.add_argument(
         "kind",
         metavar="KIND",
-        choices=("smdebug",),
-        help="smdebug (Amazon SageMaker Debugger)",
+        choices=("smdebug", "tensorboard", "safetensors", "npz"),
+        help="smdebug (Amazon SageMaker Debugger), tensorboard, safetensors or npz",
     )
     parser.add_argument("source", metavar="SRC", help="a folder, or a URL that fsspec can list")
     parser.add_argument("url", metavar="RUN", help="the run to make; it must not exist")
@@ -212,6 +215,13 @@ def _add_import(verbs: Verbs, common: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help="for the file system of SRC, as --storage-options is for that of RUN",
     )
+    parser.add_argument(
+        "--step-pattern",
+        metavar="REGEX",
+        help="safetensors, npz: finds the step in a path, as its group (default: the last number "
+        "in the file's name, else in the nearest folder's)",
+    )
+    parser.add_argument("--mode", metavar="MODE", help="safetensors, npz: TRAIN, EVAL or PREDICT")
 
 
 def _add_demo(verbs: Verbs, common: argparse.ArgumentParser) -> None:

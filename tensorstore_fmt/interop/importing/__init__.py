@@ -9,15 +9,27 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tensorstore_fmt.interop.importing.arrays import import_npz, import_safetensors
     from tensorstore_fmt.interop.importing.report import ImportReport, Skipped
     from tensorstore_fmt.interop.importing.smdebug import import_smdebug
+    from tensorstore_fmt.interop.importing.tensorboard import import_tensorboard
 
-__all__ = ["ImportReport", "Skipped", "import_smdebug"]
+__all__ = [
+    "ImportReport",
+    "Skipped",
+    "import_npz",
+    "import_safetensors",
+    "import_smdebug",
+    "import_tensorboard",
+]
 
 _PLACES = {
     "ImportReport": "report",
     "Skipped": "report",
+    "import_npz": "arrays",
+    "import_safetensors": "arrays",
     "import_smdebug": "smdebug",
+    "import_tensorboard": "tensorboard",
 }
 
 

@@ -73,11 +73,14 @@ class Target:
         self._batch: dict[str, object] = {}
         self._batch_nbytes = 0
         self._names: set[str] = set()
+        self._keys: set[Key] = set()  # of this worker
         _refuse_existing(url, storage_options)
 
     def begin(self, worker: int) -> None:
         """End the worker before, and go on as this one."""
         self._end()
+        self._key = None
+        self._keys = set()
         self._writer = create_run(
             self._url,
             attrs=self._attrs,
@@ -95,7 +98,6 @@ class Target:
         step, mode = key
         us = wall_time_us(seconds)
         self._writer.stamp(step, mode, mode_step=min(mode_step, layout.MAX_STEP), wall_time_us=us)
-        self._report.steps += 1
 
     def put(self, key: Key, name: str, value: NDArray[Any] | str | float) -> None:
         """Save a value; arrays are copied before this returns, or when `stamp` or `put` is next."""
@@ -110,6 +112,8 @@ class Target:
         """Save something of the import's own, which the report does not count."""
         if key != self._key or name in self._batch:
             self._send()
+            self._report.steps += key not in self._keys
+            self._keys.add(key)
         self._key = key
         nbytes = _nbytes(value)
         if nbytes > _BATCH_NBYTES:
