@@ -107,7 +107,11 @@ def open_file(root: str, path: str, flags: int, *, create: bool = False) -> int:
 
 
 def list_files(root: str, directory: str) -> list[FileInfo]:
-    """List the regular files of a directory; none if it does not exist."""
+    """List what is in a directory but for directories; nothing if it does not exist.
+
+    Links, FIFOs and devices are in it: who opens them is told that they are refused. Left out,
+    they would look like files that were never there.
+    """
     try:
         fd = open_directory(root, directory)
     except FileNotFoundError:
@@ -120,7 +124,7 @@ def list_files(root: str, directory: str) -> list[FileInfo]:
                     status = entry.stat(follow_symlinks=False)
                 except FileNotFoundError:
                     continue  # deleted since: it may as well have been before
-                if stat.S_ISREG(status.st_mode):
+                if not stat.S_ISDIR(status.st_mode):
                     found.append(FileInfo(entry.name, status.st_size))
     finally:
         os.close(fd)
