@@ -54,7 +54,7 @@ class LocalAppender(Appender):
         offset = self._position
         try:
             self._position += write_all(self._usable(), buffers)
-        except OSError:
+        except BaseException:  # also a signal: some of the bytes may be there
             self._failed = True
             raise
         return offset
@@ -67,7 +67,7 @@ class LocalAppender(Appender):
         """
         try:
             sync_descriptor(self._usable())
-        except OSError:
+        except BaseException:  # also a signal: some of the bytes may be there
             self._failed = True
             raise
 

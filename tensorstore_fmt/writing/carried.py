@@ -10,14 +10,14 @@ from tensorstore_fmt.format import layout
 from tensorstore_fmt.format.catalog import Series
 from tensorstore_fmt.writing.pending import PendingEntry, Placed, runs_of_steps
 
-__all__ = ["Carried", "bound"]
+__all__ = ["Carried", "bound", "tensors"]
 
 Carried = list[tuple[int, list[PendingEntry]]]
 """Flush numbers, ascending, with their entries."""
 
 
 def bound(carried: Carried, most_nbytes: int) -> int:
-    """Give up the oldest entries if there are too many, in place.
+    """Give up entries if there are too many, in place: tensors before numbers, the oldest first.
 
     What is given up is recorded as dropped, so that no reader takes it for never saved, or an
     older value for it. The step tables stay: they are small.
@@ -27,29 +27,46 @@ def bound(carried: Carried, most_nbytes: int) -> int:
     int
         Number of tensors that were given up.
     """
-    size = 0
-    for i in range(len(carried) - 1, -1, -1):
-        size += sum(256 + len(e.placed.inline or b"") for e in carried[i][1])
-        if size > most_nbytes:
-            return _give_up(carried, i)
-    return 0
+    given_up = 0
+    for with_scalars in (False, True):
+        size = 0
+        for i in range(len(carried) - 1, -1, -1):
+            size += sum(256 + len(e.placed.inline or b"") for e in carried[i][1])
+            if size > most_nbytes:
+                given_up += _give_up(carried, i, with_scalars=with_scalars)
+                break
+    return given_up
 
 
-def _give_up(carried: Carried, last: int) -> int:
-    """Give up all up to a position, at which the record of it stands."""
-    gone: list[PendingEntry] = []
-    for i in range(last + 1):
-        number, entries = carried[i]
-        gone += [e for e in entries if e.series.kind != layout.KIND_STEPS]
-        carried[i] = number, [e for e in entries if e.series.kind == layout.KIND_STEPS]
-    carried[last][1].extend(_dropped(gone))
+def tensors(entries: Iterable[PendingEntry]) -> int:
+    """Count the tensors of which entries have data."""
     return sum(
         e.count
-        for e in gone
+        for e in entries
         if e.series.kind == layout.KIND_DATA
         and e.chunk == 0
         and e.placed.codec != layout.CODEC_DROPPED
     )
+
+
+def _give_up(carried: Carried, last: int, *, with_scalars: bool) -> int:
+    """Give up all up to a position, at which the record of it stands."""
+    gone: list[PendingEntry] = []
+    for i in range(last + 1):
+        number, entries = carried[i]
+        doomed = [_may_go(e, with_scalars=with_scalars) for e in entries]
+        gone += [e for e, is_doomed in zip(entries, doomed, strict=True) if is_doomed]
+        carried[i] = (
+            number,
+            [e for e, is_doomed in zip(entries, doomed, strict=True) if not is_doomed],
+        )
+    carried[last][1].extend(_dropped(gone))
+    return tensors(gone)
+
+
+def _may_go(entry: PendingEntry, *, with_scalars: bool) -> bool:
+    is_scalar = entry.series.kind == layout.KIND_DATA and not entry.series.shape
+    return entry.series.kind != layout.KIND_STEPS and (with_scalars or not is_scalar)
 
 
 def _dropped(entries: Iterable[PendingEntry]) -> list[PendingEntry]:

@@ -24,7 +24,7 @@ from tensorstore_fmt.writing.pending import (
 )
 from tensorstore_fmt.writing.series import step_table_series
 
-__all__ = ["Tables", "collect", "tables"]
+__all__ = ["Tables", "collect", "collect_dropped", "tables"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +57,17 @@ def collect(generation: Generation) -> tuple[list[PendingEntry], int]:
         entries += _step_table_entries(mode, rows)
     entries += [_dropped_entry(series, step) for series, step in dropped]
     return entries, len(dropped)
+
+
+def collect_dropped(generation: Generation) -> tuple[list[PendingEntry], int]:
+    """Do as `collect`, but record all that was saved as dropped."""
+    dropped = list(generation.dropped)
+    for save in generation.saves:
+        steps = (step for step in save.steps if step not in save.replaced)
+        dropped += [(save.kept.series, step) for step in steps]
+    for stage in generation.inline.values():
+        dropped += [(stage.kept.series, step) for step, _ in stage.rows]
+    return [_dropped_entry(series, step) for series, step in dropped], len(dropped)
 
 
 def _placed(data: bytes, codec_number: int) -> Placed:

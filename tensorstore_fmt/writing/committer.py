@@ -9,12 +9,12 @@ from typing import Final
 
 from tensorstore_fmt.format import layout, segment
 from tensorstore_fmt.storage import Storage
-from tensorstore_fmt.writing.carried import Carried, bound
-from tensorstore_fmt.writing.commit import collect, tables
+from tensorstore_fmt.writing.carried import Carried, bound, tensors
+from tensorstore_fmt.writing.commit import collect, collect_dropped, tables
 from tensorstore_fmt.writing.encoders import EncoderPool
 from tensorstore_fmt.writing.failures import Failures
 from tensorstore_fmt.writing.options import MIB, WriterOptions
-from tensorstore_fmt.writing.pending import Generation
+from tensorstore_fmt.writing.pending import Generation, PendingEntry
 from tensorstore_fmt.writing.segments import SegmentLog
 from tensorstore_fmt.writing.shards import ShardSink
 
@@ -73,6 +73,7 @@ class Committer:
         self._is_stopping = False
         self._is_tainted = False
         self._failed_syncs = 0
+        self._uncollected: list[Generation] = []
         self._carried: Carried = []
         self.dropped = 0
         self._thread = threading.Thread(
@@ -101,6 +102,10 @@ class Committer:
             self._changed.notify_all()
         self._thread.join()
         self._flush(durable=True, is_last=True)
+        # What could not be published until now never will be.
+        for generation in self._uncollected:
+            self.dropped += collect_dropped(generation)[1]
+        self.dropped += sum(tensors(entries) for _, entries in self._carried)
 
     def _run(self) -> None:
         while True:
@@ -118,11 +123,13 @@ class Committer:
 
     def _flush(self, *, durable: bool, is_last: bool) -> None:
         """Commit the current generation; only one thread at a time calls this."""
-        taken = self._take(is_last)
-        generation = taken.generation
-        generation.wait()
+        number = self._wanted
         is_there = is_synced = False
         try:
+            taken = self._take(is_last)
+            number = taken.generation.number
+            self._uncollected.append(taken.generation)
+            taken.generation.wait()
             is_stored = self._store(durable=durable)
             is_there = self._commit(taken, is_last=is_last)
             if is_there and is_stored and durable:
@@ -130,11 +137,11 @@ class Committer:
         except Exception as error:  # noqa: BLE001 - whatever it is, training goes on; it is counted
             self._failures.note(error)
         with self._changed:
-            self._attempted = generation.number
+            self._attempted = number
             if is_there:
-                self._committed = generation.number
+                self._committed = number
             if is_synced:
-                self._synced = generation.number
+                self._synced = number
             self._changed.notify_all()
 
     def _store(self, *, durable: bool) -> bool:
@@ -153,10 +160,11 @@ class Committer:
 
     def _commit(self, taken: Taken, *, is_last: bool) -> bool:
         generation = taken.generation
-        entries, dropped = collect(generation)
-        self.dropped += dropped
         # What an earlier flush could not publish, or had nothing to: the range covers it.
-        self._carried.append((generation.number, entries))
+        while self._uncollected:
+            entries, dropped = self._collect(self._uncollected[0])
+            self._carried.append((self._uncollected.pop(0).number, entries))
+            self.dropped += dropped
         if not is_last and not any(part for _, part in self._carried):
             return True
         header = replace(
@@ -175,6 +183,15 @@ class Committer:
         self._carried = []
         self._pool.committed(generation.number)
         return True
+
+    def _collect(self, generation: Generation) -> tuple[list[PendingEntry], int]:
+        for pause in self._options.retry_s:
+            try:
+                return collect(generation)
+            except Exception as error:  # noqa: BLE001 - no memory, or a bug: the rest must not be lost with it
+                self._failures.note(error)
+                self._options.sleep(pause)
+        return collect_dropped(generation)
 
     def _sync(self) -> bool:
         """Sync what is published; what a failed sync was to write is not safe ever after."""

@@ -81,6 +81,7 @@ class EncoderPool:
         self._failures = failures
         self._digests = DigestTable()
         self._queue: queue.SimpleQueue[tuple[Generation, Save] | None] = queue.SimpleQueue()
+        self._own = threading.local()
         self._threads = [
             threading.Thread(target=self._run, name=f"tensorstore_fmt-encoder-{i}", daemon=True)
             for i in range(options.encoders)
@@ -108,19 +109,29 @@ class EncoderPool:
             thread.join()
 
     def _run(self) -> None:
-        encoder = codec.Encoder(self._options.compression)
         while (work := self._queue.get()) is not None:
             generation, save = work
             del work
             if generation.claim(save):
                 self._quota.begin()
-                self._encode(encoder, generation, save)
+                self._encode(generation, save)
 
-    def _encode(self, encoder: codec.Encoder, generation: Generation, save: Save) -> None:
+    def _encoder(self) -> codec.Encoder:
+        """Give the encoder of this thread."""
+        if not hasattr(self._own, "encoder"):
+            self._own.encoder = codec.Encoder(self._options.compression)
+        found: codec.Encoder = self._own.encoder
+        return found
+
+    def _encode(self, generation: Generation, save: Save) -> None:
         try:
             if save.rows:
                 save.entries = _SaveEncoder(
-                    encoder, self._digests, self._options.compression, generation.number, save
+                    self._encoder(),
+                    self._digests,
+                    self._options.compression,
+                    generation.number,
+                    save,
                 ).run(self._sink)
         except Exception as error:  # noqa: BLE001 - a bug here must not stop training; it is counted
             save.is_lost = True

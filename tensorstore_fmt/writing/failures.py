@@ -26,7 +26,7 @@ class Failures:
         self._place = place
         self._lock = threading.Lock()
         self._first: Exception | None = None
-        self._has_warned = False
+        self._has_warned = self._is_down = False
         self.count = 0
 
     @property
@@ -37,9 +37,12 @@ class Failures:
     def attempt(self, operation: Callable[[], object], *, undo: Callable[[], object]) -> bool:
         """Do something with the storage, again after pauses if it fails; False: it was in vain.
 
-        `undo` is called after each failure, before the next attempt.
+        `undo` is called after each failure, before the next attempt. While the storage is down,
+        as the last operation has shown, there are no further attempts: training must not wait for
+        each of many operations.
         """
-        for pause in (*self._options.retry_s, None):
+        pauses = () if self._is_down else self._options.retry_s
+        for pause in (*pauses, None):
             try:
                 operation()
             except (OSError, MemoryError) as error:
@@ -48,7 +51,9 @@ class Failures:
                 if pause is not None:
                     self._options.sleep(pause)
             else:
+                self._is_down = False
                 return True
+        self._is_down = True
         return False
 
     def note(self, error: Exception, *, is_final: bool = True) -> None:
@@ -62,12 +67,19 @@ class Failures:
             if self._has_warned:
                 return
             self._has_warned = True
+        try:
+            self._warn(error)
+        except RuntimeWarning:  # the user wants warnings raised; not in a thread of ours
+            with self._lock:
+                self._first = error
+
+    def _warn(self, error: Exception) -> None:
         warnings.warn(
             f"{self._place}: writing failed ({type(error).__name__}: {error}); it is tried again, "
             "what cannot be stored is dropped and counted, and training goes on. Further failures "
             "are only counted; close() reports them",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
 
     def check(self) -> None:

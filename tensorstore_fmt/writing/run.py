@@ -418,7 +418,10 @@ class RunWriter:
         self._segments.stop()
         try:
             closing.finish(self._storage, self._joined.info.run_id, self._segments)
-        except OSError as error:  # all data is published; what failed only speeds up reading
+        except (
+            OSError,
+            MemoryError,
+        ) as error:  # all data is published; what failed only speeds up reading
             self._failures.note(error)
         try:
             self._os_lock.release()

@@ -112,7 +112,7 @@ class SegmentLog:
                 paths, self._unsynced = [p for p in self._unsynced if p in live], []
             try:
                 self._storage.sync(paths)
-            except OSError:
+            except BaseException:
                 with self._lock:
                     self._unsynced = paths + self._unsynced
                 raise
@@ -218,7 +218,7 @@ class SegmentLog:
             try:
                 with self._deleting:
                     self._storage.delete(paths)
-            except OSError as error:
+            except (OSError, MemoryError) as error:
                 self._failures.note(error)  # they are garbage, not damage
 
 

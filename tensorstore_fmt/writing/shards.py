@@ -87,9 +87,16 @@ class ShardSink:
     # --- under the write lock -------------------------------------------------------
 
     def _write(self, pairs: list[tuple[ShardRow, Placed]]) -> None:
-        if pairs and not self._failures.attempt(lambda: self._put(pairs), undo=self._drop_shard):
-            for _, placed in pairs:
-                placed.is_lost = True
+        if not pairs:
+            return
+        is_there = False
+        try:
+            is_there = self._failures.attempt(lambda: self._put(pairs), undo=self._drop_shard)
+        finally:
+            if not is_there:  # whatever went wrong: nothing may name bytes that are not there
+                self._drop_shard()
+                for _, placed in pairs:
+                    placed.is_lost = True
 
     def _put(self, pairs: list[tuple[ShardRow, Placed]]) -> None:
         encoder = self._encoder
@@ -122,7 +129,7 @@ class ShardSink:
         if left:
             try:
                 self._storage.sync([path for path, _ in left])
-            except OSError:
+            except BaseException:
                 self._lose([placed for _, part in left for placed in part])
                 raise
         if self._appender is None:
@@ -132,7 +139,7 @@ class ShardSink:
             if not self._is_named:
                 self._storage.sync([self._appender.path])
                 self._is_named = True
-        except OSError:
+        except BaseException:
             self._lose(self._in_shard)
             self._in_shard = []
             self._drop_shard()
@@ -150,7 +157,7 @@ class ShardSink:
             try:
                 self._appender.append(self._encoder.seal())
                 self._sync()
-            except OSError as error:
+            except (OSError, MemoryError) as error:
                 # Without its footer the shard is still complete as far as segments say.
                 self._failures.note(error)
         self._drop_shard()
