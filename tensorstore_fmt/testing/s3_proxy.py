@@ -98,6 +98,7 @@ class Exchange:
         self._proxy = proxy
         self._connection = connection
         self._reply: Reply | None = None
+        self._is_recorded = False
 
     @property
     def reply(self) -> Reply:
@@ -130,6 +131,7 @@ class Exchange:
         self.sent_nbytes = len(cut)
         if until is not None:
             self.keeps = False
+        self.record()  # before the client can know that it is over
         if bytes_per_s is None:
             self._connection.sendall(head + cut)
             return
@@ -138,6 +140,12 @@ class Exchange:
             self._connection.sendall(cut[i : i + 1])
             if self.is_gone(1 / bytes_per_s):
                 return
+
+    def record(self) -> None:
+        """Put it into the log."""
+        request, self._is_recorded = self.request, True
+        logged = Logged(request.op, request.key, self.status, self.sent_nbytes, len(request.body))
+        self._proxy.log.append(logged)
 
     def reset(self) -> None:
         """End the connection as a crashed server does; what was sent before may be lost, too."""
@@ -149,6 +157,11 @@ class Exchange:
         self.is_over, self.keeps = True, False
         while not self.is_gone(0.2):
             pass
+
+    def finish(self) -> None:
+        """Put into the log what got no answer."""
+        if not self._is_recorded:
+            self.record()
 
     def is_gone(self, wait_s: float) -> bool:
         """Wait; True as soon as the client has closed the connection, or the proxy is closed."""
@@ -302,12 +315,7 @@ class S3Proxy:
                 exchange.send()
         except OSError:  # the client went away, or the server did
             exchange.keeps = False
-        request = exchange.request
-        self.log.append(
-            Logged(
-                request.op, request.key, exchange.status, exchange.sent_nbytes, len(request.body)
-            )
-        )
+        exchange.finish()
 
 
 @contextmanager

@@ -127,7 +127,8 @@ def serve_http(directory: str | os.PathLike[str], *, ranges: bool = True) -> Ite
             return Reply(404)
         with open(path, "rb") as file:
             data = file.read()
-        asked_range = asked.headers.get("Range", "")
+        named = {name.lower(): value for name, value in asked.headers.items()}
+        asked_range = named.get("range", "")
         if not ranges or not asked_range.startswith("bytes="):
             return Reply(200, data)
         first, _, last = asked_range.removeprefix("bytes=").partition("-")
