@@ -144,23 +144,29 @@ class _Verification:
 
     def _segments(self, inventory: Inventory) -> None:
         """Check every segment; those that vanish meanwhile were merged."""
-        for _ in range(_RELISTS):
-            vanished = False
+        for listings_left in range(_RELISTS, -1, -1):
+            vanished = []
             names = [n for n in sorted(inventory.segments) if n not in self._files]
             for i, name in enumerate(names):
                 self._progress(i, len(names), name.path)
                 try:
                     self._segment(inventory, name)
                 except FileNotFoundError:
-                    vanished = True
+                    vanished.append(name)
             if not vanished:
                 return
-            (files,) = self._storage.fetch([Listing(layout.INDEX_DIR)])
-            inventory.segments, inventory.others = list_segments(files)
-            self._files = {n: f for n, f in self._files.items() if n in inventory.segments}
-            self._claims = Claims()  # those of what is gone would stay
-            for file in self._files.values():
-                check_segment(file, self._claims)
+            if listings_left:
+                self._list_again(inventory)
+        for name in vanished:  # listed each time, and never there
+            del inventory.segments[name]
+
+    def _list_again(self, inventory: Inventory) -> None:
+        (files,) = self._storage.fetch([Listing(layout.INDEX_DIR)])
+        inventory.segments, inventory.others = list_segments(files)
+        self._files = {n: f for n, f in self._files.items() if n in inventory.segments}
+        self._claims = Claims()  # those of what is gone would stay
+        for file in self._files.values():
+            check_segment(file, self._claims)
 
     def _segment(self, inventory: Inventory, name: layout.SegmentName) -> None:
         file = open_segment(self._storage, inventory.run_id, name, inventory.segments[name])
