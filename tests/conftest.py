@@ -9,7 +9,7 @@ import pytest
 
 from tensorstore_fmt.testing.servers import S3Server, serve_s3
 
-pytest_plugins = ["support.goals"]
+pytest_plugins = ["support.goals", "support.kernels"]
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,8 @@ from tensorstore_fmt import dtypes
 from tensorstore_fmt.errors import ArgumentError
 from tensorstore_fmt.format import layout, statistics
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 SUPPORTED = [name for name in dtypes.NAMES if statistics.supports(name)]
 EXACT = slice(0, 7)
 
