@@ -130,7 +130,11 @@ class Run:
 
     @property
     def damage(self) -> list[FormatError]:
-        """What is wrong with the index, as errors with ``code`` and ``facts``."""
+        """What is wrong with the index, as errors with ``code`` and ``facts``.
+
+        Opening warns of it. While flushes are missing (``missing_segment``), a step that was saved
+        twice may show what was saved first: the flush that saved it again may be a missing one.
+        """
         return list(self._session.view.damage)
 
     # --- names ------------------------------------------------------------------
