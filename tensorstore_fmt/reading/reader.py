@@ -28,7 +28,7 @@ from tensorstore_fmt.reading.steps import StepSet
 from tensorstore_fmt.reading.timeline import Timeline, timelines
 from tensorstore_fmt.reading.view import View
 
-__all__ = ["Ask", "check_name", "read", "visible"]
+__all__ = ["Ask", "check_all_is_there", "check_name", "read", "visible"]
 
 _MOST_COMPARED = 20_000
 _NEARBY = 1 << 20
@@ -66,6 +66,24 @@ def check_name(view: View, name: object) -> None:
     raise NameNotFoundError(
         f"no tensor is named {name!r:.200}{hint}", name=name, near=near, names=len(view.names)
     )
+
+
+def check_all_is_there(view: View, query: Query) -> None:
+    """Refuse to give all steps of a name while nobody knows whether these are all.
+
+    Raises
+    ------
+    FormatError
+        Code ``missing_segment``.
+    """
+    problem = view.missing(worker=query.worker, attempt=query.attempt)
+    if problem is not None:
+        raise FormatError(
+            f"{describe_query(query)}: part of the index is damaged ({problem}), so steps may be "
+            "missing; name the steps (steps=[...], see .steps) or try `tensorstore-fmt recover`",
+            code=problem.code,
+            **{**problem.facts, "name": query.name},
+        )
 
 
 def visible(session: Session, query: Query) -> Timeline:
@@ -106,15 +124,8 @@ def read(session: Session, asks: Sequence[Ask]) -> list[Any]:
 
 
 def _assembly(view: View, session: Session, ask: Ask, line: Timeline) -> Assembly | NDArray[Any]:
-    problem = view.missing(worker=ask.query.worker, attempt=ask.query.attempt)
-    if ask.wanted.exact is None and problem is not None:
-        # All steps were asked for, and nobody knows whether these are all.
-        raise FormatError(
-            f"{describe_query(ask.query)}: part of the index is damaged ({problem}), so steps may "
-            "be missing; name the steps (steps=[...], see .steps) or try `tensorstore-fmt recover`",
-            code=problem.code,
-            **{**problem.facts, "name": ask.query.name},
-        )
+    if ask.wanted.exact is None:
+        check_all_is_there(view, ask.query)
     try:
         chosen = choose(view, line, ask.wanted)
     except StepNotFoundError as error:

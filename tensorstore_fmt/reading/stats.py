@@ -15,7 +15,7 @@ from tensorstore_fmt.reading.absence import absence, describe_query
 from tensorstore_fmt.reading.assembly import Chosen, assemble, choose
 from tensorstore_fmt.reading.entries import Query
 from tensorstore_fmt.reading.fetch import read_all
-from tensorstore_fmt.reading.reader import check_name
+from tensorstore_fmt.reading.reader import check_all_is_there, check_name
 from tensorstore_fmt.reading.session import Session
 from tensorstore_fmt.reading.steps import StepSet
 from tensorstore_fmt.reading.timeline import Timeline, timelines
@@ -106,6 +106,8 @@ def read_stats(session: Session, query: Query, wanted: StepSet) -> Stats:
 
     def work(view: View) -> Stats:
         check_name(view, query.name)
+        if wanted.exact is None:
+            check_all_is_there(view, query)
         of_data, of_stats = (
             Query(
                 name=query.name, kind=kind, low=wanted.low, high=wanted.high,

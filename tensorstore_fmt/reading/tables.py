@@ -16,7 +16,7 @@ from tensorstore_fmt.reading.assembly import Assembly, Chosen, assemble
 from tensorstore_fmt.reading.entries import Query
 from tensorstore_fmt.reading.fetch import read_all
 from tensorstore_fmt.reading.modes import MODE_NAMES
-from tensorstore_fmt.reading.reader import check_name
+from tensorstore_fmt.reading.reader import check_all_is_there, check_name
 from tensorstore_fmt.reading.session import Session
 from tensorstore_fmt.reading.stats import derived, stat_rows
 from tensorstore_fmt.reading.steptable import step_rows
@@ -135,7 +135,10 @@ def scalars_table(session: Session, names: Sequence[str] | None) -> pa.Table:
             for name in _names(view, names)
             if any(_is_scalar(s) for s in view.sources(name, layout.KIND_DATA))
         ]
-        lines = timelines(view, session.pages, [Query(name=name) for name in wanted])
+        queries = [Query(name=name) for name in wanted]
+        for query in queries[:1]:
+            check_all_is_there(view, query)
+        lines = timelines(view, session.pages, queries)
         parts: list[tuple[str, Timeline, _I64, Assembly]] = []
         for name, every in zip(wanted, lines, strict=True):
             line = every.saved()
@@ -224,6 +227,8 @@ def statistics_table(session: Session, names: Sequence[str] | None) -> pa.Table:
     def work(view: View) -> None:
         wanted = [n for n in _names(view, names) if view.sources(n, layout.KIND_STATS)]
         queries = [Query(name=name, kind=layout.KIND_STATS) for name in wanted]
+        for query in queries[:1]:
+            check_all_is_there(view, query)
         tables.clear()
         for name, every in zip(wanted, timelines(view, session.pages, queries), strict=True):
             line = every.saved()

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from robustness.fuzz_corpus import by_hand, copied
-from support.mutate import Files, SegmentEditor, opened
+from support.build_run import Put, RunBuilder
+from support.mutate import Files, SegmentEditor, load, opened
 
 from tensorstore_fmt.errors import FormatError
 from tensorstore_fmt.format import layout
@@ -45,9 +46,10 @@ def test_an_older_save_is_given_only_with_a_warning(number: int, tmp_path: Path)
         run = opened(changed)
     assert {problem.code for problem in run.damage} == {"checksum", "missing_segment"}
     assert np.array_equal(run["t"].read(step=0), np.zeros(3))  # what was saved first
-    with pytest.raises(FormatError) as caught:
-        run["t"].read()  # nobody knows whether these are all
-    assert caught.value.code == "missing_segment"
+    for ask in (run["t"].read, run["t"].stats):
+        with pytest.raises(FormatError) as caught:
+            ask()  # nobody knows whether these are all
+        assert caught.value.code == "missing_segment"
     report = verify(copied(changed, tmp_path / "run"))
     assert not report.ok
     assert path in {problem.file for problem in report.damage}
@@ -66,3 +68,25 @@ def test_an_older_save_does_not_come_back_where_the_index_knows_of_a_newer() -> 
     with pytest.raises(FormatError) as caught:
         opened({**files, shard: flipped(files[shard], begin)})["t"].read(step=0)
     assert caught.value.code == "checksum"
+
+
+def test_tables_of_all_steps_are_not_given_while_some_may_be_missing(tmp_path: Path) -> None:
+    builder = RunBuilder(tmp_path / "run")
+    writer = builder.writer()
+    statistics = np.zeros(10)
+    for step in range(2):
+        writer.flush(
+            Put(name="loss", step=step, value=np.float64(step), inline=True),
+            Put(name="w", step=step, kind=layout.KIND_STATS, value=statistics, inline=True),
+        )
+    whole = load(tmp_path / "run")
+    assert len(opened(whole).scalars()) == len(opened(whole).statistics()) == 2
+    path = newest(whole)
+    with pytest.warns(RuntimeWarning, match="damaged"):
+        run = opened({**whole, path: flipped(whole[path], 700)})
+    assert run["loss"].read(step=0) == 0
+    assert len(run.table())
+    for ask in (run.scalars, run.statistics, run["w"].stats):
+        with pytest.raises(FormatError) as caught:
+            ask()
+        assert caught.value.code == "missing_segment"
