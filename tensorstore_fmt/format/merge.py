@@ -208,6 +208,8 @@ def _remap_dims(
         varying = [i for i, length in enumerate(old) if length < 0]
         if varying:
             full[:, varying] = entries.dims.slice(begin, end).values.reshape(-1, len(varying))
+        # What was dropped has no lengths: zeros stand for them, whatever the catalog said.
+        full[entries.rows["codec"][begin:end] == layout.CODEC_DROPPED] = 0
         keep = [i for i, length in enumerate(new) if length < 0]
         parts.append(full[:, keep].ravel())
         lengths[begin:end] = len(keep)

@@ -151,3 +151,19 @@ def test_no_entry_and_one_entry_are_joined_to_nothing() -> None:
     series = CatalogTable.of([])
     assert len(join_entries(Entries.empty(), series, is_alone(series))) == 0
     assert is_alone(series).tolist() == []
+
+
+def test_dropped_steps_of_a_shape_that_comes_to_vary(tmp_path: Path) -> None:
+    """What was dropped has no lengths, also where its segment's catalog had one for all."""
+    writer = RunBuilder(tmp_path).writer()
+    puts = [
+        Put(name="w", step=0, value=np.arange(50)),
+        Put(name="w", step=1, value=None, dtype="int64", shape=(800,)),
+        Put(name="w", step=2, value=np.arange(20)),
+    ]
+    names = [writer.flush(put) for put in puts]
+    inputs = [source(tmp_path, name) for name in names]
+    name = layout.SegmentName(key=writer.key, last=2, count=3)
+    found = encoded(merge.merge(inputs), name, tmp_path)
+    shapes = {columns[0]: shape for _, columns, _, shape, _ in decoded([found])}
+    assert shapes == {0: (50,), 1: (0,), 2: (20,)}
