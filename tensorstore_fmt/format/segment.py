@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -365,6 +365,23 @@ def recover_head_parts(tail: bytes | memoryview, header: Header) -> bytes:
 
 def decode_head(header: Header, data: bytes | memoryview) -> Head:
     """Check and decode the head; `data` holds at least ``header.head_nbytes`` first bytes."""
+    return _decode_head(header, data, page.decode_shards)
+
+
+def decode_head_without_shards(header: Header, data: bytes | memoryview) -> Head:
+    """Do the same but for the shard page, which is damaged: its names are made up.
+
+    Entries with inline payloads are all that can be used of such a segment as they are.
+    """
+    unknown = layout.ShardName(key=header.key, number=layout.MAX_NUMBER)
+    return _decode_head(header, data, lambda _, row, __: [(unknown, 2**62)] * int(row["rows"]))
+
+
+def _decode_head(
+    header: Header,
+    data: bytes | memoryview,
+    decode_shards: Callable[[memoryview, np.void, str], list[tuple[layout.ShardName, int]]],
+) -> Head:
     where = header.name.path
     if len(data) < header.head_nbytes:
         raise TruncatedError(
@@ -391,7 +408,7 @@ def decode_head(header: Header, data: bytes | memoryview) -> Head:
         if row["kind"] == layout.PAGE_CATALOG:
             catalogs.append(decode_catalog(stored, row, where))
         else:
-            shards = page.decode_shards(stored, row, where)
+            shards = decode_shards(stored, row, where)
     catalog = Catalog(catalogs)  # as many rows as pages and root say, so as the header does
     names = catalog.names
     for i in np.flatnonzero(np.fromiter(map(_not_ascending, names, names[1:]), np.bool_)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from tensorstore_fmt.errors import ArgumentError, FormatError, MissingFileError, NotARunError
@@ -170,18 +170,41 @@ def _read_run_json(storage: Storage, inventory: Inventory, document: object) -> 
         inventory.run_json_error = error
     if inventory.info is None:
         inventory.run_id = _run_id_of_segments(storage, inventory)
+    else:
+        _refuse_foreign_run_json(storage, inventory)
 
 
-def _run_id_of_segments(storage: Storage, inventory: Inventory) -> bytes:
-    """Find out the id of a run whose ``run.json`` is damaged: all headers must agree."""
-    found: set[bytes] = set()
+def _ids_of_segments(storage: Storage, inventory: Inventory) -> Iterator[bytes]:
+    """Give the run that each segment says it belongs to, if its header can be read."""
     for name in sorted(inventory.segments):
         (data,) = storage.fetch_settled([Range(name.path, 0, layout.SEGMENT_HEADER.size)])
         if isinstance(data, bytes):
             try:
-                found.add(segment.decode_header(data, where=name.path, name=name).run_id)
+                header = segment.decode_header(data, where=name.path, name=name)
             except FormatError:
                 continue
+            yield header.run_id
+
+
+def _refuse_foreign_run_json(storage: Storage, inventory: Inventory) -> None:
+    """Take ``run.json`` for damaged if it is that of another run, as all segments say.
+
+    One segment alone could as well be what is in the wrong place. Costs one small read as a rule.
+    """
+    found = []
+    for run_id in _ids_of_segments(storage, inventory):
+        if run_id == inventory.run_id:
+            return
+        found.append(run_id)
+    if len(found) > 1 and len(set(found)) == 1:
+        what = f"it is that of another run: all segments belong to {found[0].hex()}"
+        inventory.run_json_error = FormatError(what, code="wrong_run", file=layout.RUN_JSON)
+        inventory.run_id, inventory.info = found[0], None
+
+
+def _run_id_of_segments(storage: Storage, inventory: Inventory) -> bytes:
+    """Find out the id of a run whose ``run.json`` is damaged: all headers must agree."""
+    found = set(_ids_of_segments(storage, inventory))
     if len(found) != 1:
         raise NotARunError(
             f"{storage.describe()}: run.json cannot be read, and the segments do not say which "

@@ -135,6 +135,9 @@ class Rebuilder:
         if top is not None and top.head is not None:
             parts.append(_good_pages(top))
             accepted.add(parts[0])
+        elif top is not None and top.partial is not None:
+            parts.append(_inline_entries(top))
+            accepted.add(parts[0])
         covering: list[layout.SegmentName] = []
         inner = children(top.name, self._files) if top is not None else []
         for name in sorted(inner, key=lambda n: (-n.count, n.first)):
@@ -153,7 +156,11 @@ class Rebuilder:
             part = part.take(accepted.new(part))
             parts.append(part)
         restored = sum(len(p.entries) for p in parts[1 if top and top.head else 0 :])
-        is_complete = not left or (top is not None and self._is_all(top, parts, restored))
+        if top is not None and top.partial is not None:
+            is_all = _has_all_pages(top) and not _not_there(top, top.partial, parts)
+            is_complete = not left or is_all
+        else:
+            is_complete = not left or (top is not None and self._is_all(top, parts, restored))
         piece = Piece(first, last, [], is_complete=is_complete, restored=restored)
         if not is_complete:
             self._note_lost(piece, top, parts)
@@ -201,7 +208,14 @@ class Rebuilder:
     # --- what is lost -----------------------------------------------------------------------
 
     def _note_lost(self, piece: Piece, top: SegmentFile | None, parts: Sequence[Part]) -> None:
+        if top is not None and top.partial is not None:
+            for series, gone in _not_there(top, top.partial, parts):
+                piece.gone.append((series, gone))
+                what = f"which shard holds it stood in {top.path}, in a page that is gone"
+                piece.lost.append(_lost(series, gone, what))
         if top is None or top.head is None:
+            if top is not None and _has_all_pages(top):
+                return
             what = (
                 f"flushes {piece.first} to {piece.last} of writer {self._key}: what was in them "
                 f"besides the {sum(len(p.entries) for p in parts):,} entries that were restored"
@@ -300,6 +314,55 @@ def _steps_of(series: Series, parts: Sequence[Part]) -> list[int]:
                 rows = part.entries.rows[part.entries.rows["series"] == n]
                 runs += [(int(r["step"]), int(r["stride"]), int(r["count"])) for r in rows]
     return expand(runs)
+
+
+def _inline_entries(file: SegmentFile) -> Part:
+    """Take the entries of a segment without shard page that need no shard."""
+    head = file.partial
+    assert head is not None
+    entries = Entries.concat(list(file.partial_pages()))
+    part = Part([head.catalog[n] for n in range(len(head.catalog))], list(head.shards), entries)
+    return part.take(entries.rows["shard"] == layout.INLINE_SHARD)
+
+
+def _has_all_pages(file: SegmentFile) -> bool:
+    """Say whether all entries of a segment without shard page are known."""
+    head = file.partial
+    if head is None:
+        return False
+    return len(list(file.partial_pages())) == len(head.entry_pages())
+
+
+def _not_there(
+    file: SegmentFile, head: segment.Head, parts: Sequence[Part]
+) -> list[tuple[Series, list[int]]]:
+    """Give what a segment without shard page had, and `parts` have not."""
+    entries = Entries.concat(list(file.partial_pages()))
+    found = []
+    for n in np.unique(entries.rows["series"]).tolist():
+        rows = entries.rows[entries.rows["series"] == n]
+        there = _chunks_of(head.catalog[n], parts)
+        gone = {
+            int(row["step"]) + k * int(row["stride"])
+            for row in rows
+            for k in range(int(row["count"]))
+            if (int(row["chunk"]), int(row["step"]) + k * int(row["stride"])) not in there
+        }
+        if gone:
+            found.append((head.catalog[n], sorted(gone)))
+    return found
+
+
+def _chunks_of(series: Series, parts: Sequence[Part]) -> set[tuple[int, int]]:
+    """Give (chunk, step) of a series."""
+    return {
+        (int(row["chunk"]), int(row["step"]) + k * int(row["stride"]))
+        for part in parts
+        for n, other in enumerate(part.series)
+        if other.identity == series.identity
+        for row in part.entries.rows[part.entries.rows["series"] == n]
+        for k in range(int(row["count"]))
+    }
 
 
 def _good_pages(file: SegmentFile) -> Part:

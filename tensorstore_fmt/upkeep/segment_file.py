@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
@@ -31,6 +32,8 @@ class SegmentFile:
         Of the file as it is.
     header, head
         None if they cannot be had, also not from their copies.
+    partial
+        The head with made up names of shards, if only the shard page is damaged.
     spare
         First bytes of the segment from the bundle, for what the file does not give.
     problems
@@ -45,6 +48,7 @@ class SegmentFile:
     spare: bytes = b""
     header: segment.Header | None = None
     head: segment.Head | None = None
+    partial: segment.Head | None = None
     problems: list[Problem] = field(default_factory=list)
     bad_pages: dict[int, FormatError] = field(default_factory=dict)
     is_foreign: bool = False
@@ -108,6 +112,16 @@ class SegmentFile:
                     self.bad_pages[number] = error
                 else:
                     yield number, entries
+
+    def partial_pages(self) -> Iterator[Entries]:
+        """Decode the good entry pages of a segment of which only the shard page is damaged."""
+        head = self.partial
+        for number in [] if head is None else head.entry_pages().tolist():
+            assert head is not None
+            row = head.root[number]
+            stored = self._read(int(row["offset"]), _end(row))
+            with contextlib.suppress(FormatError):
+                yield head.decode_entries(number, stored)
 
     def _decode(self, number: int, stored: memoryview) -> Entries:
         head = self.head
@@ -217,11 +231,13 @@ class SegmentFile:
         return good
 
     def _open_head(self, start: bytes, header: segment.Header) -> None:
-        rest = self._read(len(start), header.head_nbytes)
+        data = start + bytes(self._read(len(start), header.head_nbytes))
         try:
-            self.head = segment.decode_head(header, start + bytes(rest))
+            self.head = segment.decode_head(header, data)
         except FormatError as error:
             self.note(error, "the head cannot be used")
+            with contextlib.suppress(FormatError):
+                self.partial = segment.decode_head_without_shards(header, data)
 
     def _open_spare(self, run_id: bytes) -> None:
         """Take header and head from the bundle."""
@@ -230,7 +246,7 @@ class SegmentFile:
                 self.spare, where=self.path, run_id=run_id, name=self.name
             )
             self.head = segment.decode_head(header, self.spare)
-            self.header = header
+            self.header, self.partial = header, None
         except FormatError:
             return  # the bundle is a cache, and this file's problems are noted
 

@@ -210,6 +210,8 @@ class _Rows:
             return "malformed", f"row {i} cannot be: {error}", at
         if proof != self.columns["row_crc"][i]:
             return "checksum", f"row {i} does not have the checksum that it should", at
+        if any(n < 0 for n in row.series.shape):
+            return "malformed", f"row {i} does not say all lengths of its shape", at
         unit = layout.PAYLOAD_ALIGNMENT
         if end - begin != -(-row.nbytes // unit) * unit or at % 8:
             return "malformed", f"the payload of row {i} has {end - begin:,} bytes at {at:,}", at

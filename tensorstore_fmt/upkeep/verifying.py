@@ -227,7 +227,7 @@ class _Verification:
         found: list[Names] = []
         for name in candidates:
             file = self._files.get(name)
-            head = file.head if file is not None else None
+            head = (file.head or file.partial) if file is not None else None
             if head is None and (spare := inventory.spare(name)):
                 head = _spare_head(spare, name)
             if head is not None:

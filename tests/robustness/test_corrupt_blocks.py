@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from robustness.fuzz_corpus import RUNS, codecs
@@ -151,10 +152,11 @@ def renamed(rng: random.Random, files: Files, path: str) -> Files:
     name = rng.choice(names)
     if rng.random() < 0.5:
         return {**files, name: files[rng.choice(names)]}
-    parts = name.split("-")
-    parts[rng.choice([0, 1, 2])] = rng.choice(["index/000007", "000009", "00000000000000ff"])
-    other = "-".join(parts)
-    return {**files, other: files[name]}
+    parsed = layout.parse_segment_name(name.removeprefix("index/"))
+    assert parsed is not None
+    others = [{"worker": 7}, {"attempt": 9}, {"writer": 255}]
+    other = replace(parsed, key=replace(parsed.key, **rng.choice(others)))
+    return {**files, other.path: files[name]}
 
 
 def shards_crossed(rng: random.Random, files: Files, path: str) -> Files:

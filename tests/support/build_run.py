@@ -135,7 +135,7 @@ class WriterBuilder:
         parts, offsets = encoder.batch(
             [
                 ShardRow(
-                    series=_series(row.series),
+                    series=_series(_with_all_lengths(row)),
                     parts=[row.payload],
                     flush=row.columns["last_flush"],
                     **{
@@ -316,6 +316,13 @@ def _series(identity: tuple[Any, ...], **sums: int) -> Series:
         name=name, kind=kind, mode=mode, dtype=dtype, grid=lengths, global_shape=global_shape,
         origin=origin, shape=tuple(shape), **sums,
     )  # fmt: skip
+
+
+def _with_all_lengths(row: _Row) -> tuple[Any, ...]:
+    """Give what a shard's row says of its series: every length of the shape."""
+    *identity, declared = row.series
+    dims = iter(row.dims)
+    return (*identity, tuple(next(dims) if n < 0 else n for n in declared))
 
 
 def _index(rows: list[_Row]) -> tuple[list[Series], Entries]:
