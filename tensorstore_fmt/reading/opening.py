@@ -75,13 +75,26 @@ def open_view(storage: Storage) -> View:
 
 
 def refresh(storage: Storage, view: View) -> View:
-    """Look again; gives the same view if nothing changed. Then it costs one LIST."""
+    """Look again; gives the same view if nothing changed. Then it costs one LIST.
+
+    Never goes back: some stores answer with a listing from before what was seen.
+    """
     loader = _Loader(storage, view.info)
     listed = loader.list_again()
+    if _is_behind(listed, view.listed):
+        return view
     if frozenset(listed) == view.listed and all(s.cut is None for s in view.segments):
         return view
     loader.segments = {s.name: s if s.cut is None else s.with_cut(None) for s in view.segments}
     return loader.load(listed)
+
+
+def _is_behind(listed: Listed, seen: Iterable[layout.SegmentName]) -> bool:
+    """Say whether a listing lacks the end of what a writer is known to have written."""
+    newest: dict[layout.WriterKey, int] = {}
+    for name in listed:
+        newest[name.key] = max(name.last, newest.get(name.key, -1))
+    return any(newest.get(name.key, -1) < name.last for name in seen)
 
 
 def heal(storage: Storage, view: View, lost: Mapping[layout.SegmentName, FormatError]) -> View:
