@@ -95,7 +95,7 @@ PAYLOAD_ALIGNMENT: Final = 64
 # --- limits: each is checked before the allocation it guards ------------------
 MAX_NAME_NBYTES: Final = 1024  # names as memory
 MAX_RANK: Final = 32  # loops over axes; NumPy takes 64
-MAX_WORKER: Final = 999_999  # names of files; attempts likewise
+MAX_WORKER: Final = 999_999  # names of files; attempts likewise; num_workers is at most one more
 MAX_NUMBER: Final = 999_999_999_999  # names of files: flushes and shards
 MAX_STEP: Final = 2**62 - 1  # overflow of step + stride * count
 MAX_AXIS: Final = 2**48  # overflow of products
