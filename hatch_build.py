@@ -35,7 +35,7 @@ class BuildError(Exception):
     """The kernel could not be built here."""
 
 
-def build(folder: Path, *, flags: Sequence[str] = ()) -> Path:
+def build(folder: Path, *, source: Path = SOURCE, flags: Sequence[str] = ()) -> Path:
     """Compile the kernel into a folder.
 
     The compiler is that of the environment variable ``CC``, else the one Python was built with,
@@ -45,6 +45,8 @@ def build(folder: Path, *, flags: Sequence[str] = ()) -> Path:
     ----------
     folder
         Where it goes; a kernel that lies there is replaced in one step.
+    source
+        Another text than the kernel's own, if it is not that.
     flags
         More of the compiler's flags, after those of ``CFLAGS``.
 
@@ -60,7 +62,7 @@ def build(folder: Path, *, flags: Sequence[str] = ()) -> Path:
         command = [
             *shlex.split(compiler), *_FLAGS, *shlex.split(os.environ.get("CFLAGS", "")), *flags,
             *(f"-I{path}" for path in sorted(includes)),
-            *_LINK, str(SOURCE), "-o", str(target), "-lm",
+            *_LINK, str(source), "-o", str(target), "-lm",
         ]  # fmt: skip
         try:
             done = subprocess.run(  # noqa: S603 - the compiler that the user names
@@ -94,8 +96,9 @@ class KernelBuildHook(BuildHookInterface):
         except BuildError as error:
             self.app.display_warning(f"the kernel was not built, NumPy does its work: {error}")
             return
-        if not editable:
-            build_data["force_include"][str(kernel)] = f"tensorstore_fmt/format/{NAME}"
+        if editable:
+            return
+        build_data["force_include"][str(kernel)] = f"tensorstore_fmt/format/{NAME}"
         platform = sysconfig.get_platform().translate(str.maketrans("-.", "__"))
         build_data["tag"] = f"cp311-abi3-{platform}"
         build_data["pure_python"] = False

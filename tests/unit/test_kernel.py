@@ -368,8 +368,8 @@ def test_sanitizers_find_nothing(tmp_path: Path) -> None:
     }
     done = subprocess.run(
         [
-            sys.executable, "-m", "pytest", "-n0", "-q", "-p", "no:cacheprovider",
-            f"--basetemp={tmp_path / 'inner'}", "-k", "not numpy", 
+            sys.executable, "-m", "pytest", "-n0", "-q", "-s", "-p", "no:cacheprovider",
+            f"--basetemp={tmp_path / 'inner'}", "-k", "not numpy",
             str(here), str(properties), str(here.parent / "test_statistics.py"),
         ],
         cwd=ROOT,
