@@ -28,10 +28,10 @@ def sync_descriptor(fd: int) -> None:
 class LocalAppender(Appender):
     """Append to a descriptor that it owns."""
 
-    def __init__(self, fd: int, path: str) -> None:
+    def __init__(self, fd: int, path: str, *, position: int = 0) -> None:
         self._fd = fd
         self._path = path
-        self._position = 0
+        self._position = position
         self._failed = False
 
     @property
@@ -41,7 +41,7 @@ class LocalAppender(Appender):
 
     @property
     def position(self) -> int:
-        """Bytes appended so far: where the next append begins."""
+        """Bytes of the file so far: where the next append begins."""
         return self._position
 
     @property

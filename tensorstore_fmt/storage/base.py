@@ -240,6 +240,10 @@ class Storage(ABC):
         """
         raise ArgumentError(f"{self.describe(path)} is not a local file and cannot be mapped")
 
+    def local_path(self, path: str) -> str:
+        """Give the absolute path of a local file, for another process to open."""
+        raise ArgumentError(f"{self.describe(path)} is not a local file")
+
     # --- writing --------------------------------------------------------------
     @abstractmethod
     def publish(
@@ -270,6 +274,23 @@ class Storage(ABC):
 
     def create(self, path: str) -> Appender:
         """Create a new file to append to. Local only; `FileExistsError` if it exists."""
+        raise ArgumentError(f"{self.describe(path)} is not a local file and cannot be appended to")
+
+    def reopen(self, path: str, *, nbytes: int, keep: int) -> Appender:  # noqa: ARG002 - for others
+        """Cut a file off behind its first bytes, to append to these. Local only.
+
+        Parameters
+        ----------
+        nbytes
+            How long the file must be now.
+        keep
+            How many bytes stay.
+
+        Raises
+        ------
+        StateError
+            Code ``changed``: it has another length.
+        """
         raise ArgumentError(f"{self.describe(path)} is not a local file and cannot be appended to")
 
     @abstractmethod

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Final, TypeVar, cast
 from weakref import WeakValueDictionary
 
-from tensorstore_fmt.errors import ArgumentError
+from tensorstore_fmt.errors import ArgumentError, StateError
 from tensorstore_fmt.format.layout import TMP_SUFFIX
 from tensorstore_fmt.storage import locks
 from tensorstore_fmt.storage.appender import LocalAppender, sync_descriptor
@@ -264,6 +264,29 @@ class LocalStorage(Storage):
         with self._lock:
             self._appenders[path] = appender
         return appender
+
+    def local_path(self, path: str) -> str:
+        """Give the absolute path of a file, for another process to open."""
+        return os.path.abspath(os.path.join(self._root, check_path(path)))
+
+    def reopen(self, path: str, *, nbytes: int, keep: int) -> LocalAppender:
+        """Cut a file off behind its first bytes, to append to these."""
+        self._begin_write(path)
+        fd = open_file(self._root, path, os.O_RDWR)
+        try:
+            found = os.fstat(fd).st_size
+            if found != nbytes:
+                raise StateError(
+                    f"{self.describe(path)} has {found:,} bytes, not {nbytes:,}: it changed",
+                    code="changed",
+                    file=path,
+                )
+            os.ftruncate(fd, keep)
+            os.lseek(fd, keep, os.SEEK_SET)
+        except BaseException:
+            os.close(fd)
+            raise
+        return LocalAppender(fd, path, position=keep)
 
     def sync(self, paths: Iterable[str]) -> None:
         """Make files and their names survive power loss.

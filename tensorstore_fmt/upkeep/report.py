@@ -208,7 +208,7 @@ class RecoverReport(_Report):
     left
         What is not right and was left as it is, with the reason.
     is_closed
-        Whether the run is closed now.
+        Whether the run is closed now, or with ``dry_run`` would be.
     """
 
     url: str
@@ -228,7 +228,8 @@ class RecoverReport(_Report):
         verb = "would be done" if self.dry_run else "done"
         done = f"{_count(len(self.actions), 'thing')} {verb}" if self.actions else "nothing to do"
         state = "closed" if self.is_closed else "not closed"
-        lines = [f"{self.url}: {done}; the run is {state}"]
+        verb = "would be" if self.dry_run and self.actions else "is"
+        lines = [f"{self.url}: {done}; the run {verb} {state}"]
         lines += _lines(self.actions, len(self.actions))
         if self.lost:
             lines.append("LOST for good:")

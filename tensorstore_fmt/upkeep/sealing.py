@@ -6,14 +6,11 @@ behind the last whole record batch.
 
 from __future__ import annotations
 
-import os
 from typing import Final
 
-from tensorstore_fmt.errors import FormatError
+from tensorstore_fmt.errors import FormatError, StateError
 from tensorstore_fmt.format import layout
 from tensorstore_fmt.storage import Range, Storage
-from tensorstore_fmt.storage.files import open_file
-from tensorstore_fmt.storage.local import LocalStorage
 from tensorstore_fmt.upkeep import arrow_file
 from tensorstore_fmt.upkeep.arrow_file import ArrowFrame
 from tensorstore_fmt.upkeep.shard_child import ChildDiedError, ShardChild
@@ -77,7 +74,7 @@ def seal(
         raise SealError(f"it was cut short: {nbytes:,} bytes, entries name up to {needed:,}")
     if needed is not None and needed > frame.end:
         raise SealError(f"damaged Arrow file: {frame.problem}; entries name bytes behind that")
-    if not isinstance(storage, LocalStorage):
+    if not storage.is_local:
         raise SealError("an object cannot be appended to; tensors can be read all the same")
     tail = _make_tail(storage, run_id, name, frame, child)
     what = f"{len(frame.batches)} record batches" + (f", {cut:,} torn bytes cut off" if cut else "")
@@ -111,39 +108,27 @@ def _make_tail(
     return tail
 
 
-def _append(storage: LocalStorage, name: layout.ShardName, frame: ArrowFrame, tail: bytes) -> None:
-    # Storage only creates files; nobody but this function goes on with one.
-    fd = open_file(storage._root, name.path, os.O_RDWR)
+def _append(storage: Storage, name: layout.ShardName, frame: ArrowFrame, tail: bytes) -> None:
     try:
-        if os.fstat(fd).st_size != frame.nbytes:
-            raise SealError("it changed meanwhile")
-        os.ftruncate(fd, frame.end)
-        at = frame.end
-        while tail:
-            written = os.pwrite(fd, tail, at)
-            at += written
-            tail = tail[written:]
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        appender = storage.reopen(name.path, nbytes=frame.nbytes, keep=frame.end)
+    except StateError as error:
+        raise SealError("it changed meanwhile") from error
+    with appender:
+        appender.append([tail])
+        appender.sync()
 
 
 def _check(
-    storage: LocalStorage, name: layout.ShardName, frame: ArrowFrame, tail: bytes, child: ShardChild
+    storage: Storage, name: layout.ShardName, frame: ArrowFrame, tail: bytes, child: ShardChild
 ) -> None:
     """Open the sealed file in the child; take the footer away again if it does not open."""
     nbytes = frame.end + len(tail)
-    path = os.path.join(storage._root, name.path)
     try:
-        answer = child.open(path, nbytes)
+        answer = child.open(storage.local_path(name.path), nbytes)
     except ChildDiedError as error:
         answer = {"what": str(error)}
     if answer.get("batches") == len(frame.batches):
         return
-    fd = open_file(storage._root, name.path, os.O_RDWR)
-    try:
-        os.ftruncate(fd, frame.end)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    with storage.reopen(name.path, nbytes=nbytes, keep=frame.end) as appender:
+        appender.sync()
     raise SealError(f"the sealed file does not open: {answer.get('what', 'other batches')}")
