@@ -144,6 +144,7 @@ def _header_changes() -> Iterator[tuple[str, str, str, Change]]:
     for field, value in (
         ("root_nbytes", 1 << 25), ("head_nbytes", 1 << 40), ("series", 1 << 25),
         ("resume_step", 1 << 62), ("complete_through", (1 << 62, -1, -1, -1)),
+        ("num_workers", 1_000_001),
     ):  # fmt: skip
         title = f"limit-{field.replace('_', '-')}"
         yield title, f"{field} is above its limit.", "limit", _header(**{field: value})
@@ -176,6 +177,15 @@ def _root_changes() -> Iterator[tuple[str, str, str, Change]]:
     for field in ("nbytes", "raw_nbytes", "rows"):
         title = f"limit-page-{field.replace('_', '-')}"
         yield title, f"A page with {field} 2^32 - 1.", "limit", _root(0, **{field: 2**32 - 1})
+
+    def bombs(pages: list[Page]) -> None:
+        rows = pages[0].rows
+        pages[1:1] = [
+            Page(CATALOG, rows, stored=b"frame", root={"raw_nbytes": 1 << 24}) for _ in range(64)
+        ]
+
+    about = "The catalog pages of a small file have 1 GiB and some bytes, raw."
+    yield "limit-head-raw-nbytes", about, "limit", _pages(bombs)
     yield "limit-page-step", "A page with max_step 2^62.", "limit", _root(2, max_step=1 << 62)
     for title, about, number, fields in (
         ("root-reserved", "A reserved byte of a root row is not zero.", 0, {"reserved": 1}),

@@ -429,6 +429,8 @@ def _check_root(root: np.ndarray, header: Header, where: str) -> None:
     if len(root) and (
         int(root["nbytes"].max()) > layout.MAX_PAGE_NBYTES
         or int(root["raw_nbytes"].max()) > layout.MAX_PAGE_RAW_NBYTES
+        or int(root["raw_nbytes"][kind != layout.PAGE_ENTRIES].sum(dtype=np.int64))
+        > layout.MAX_HEAD_NBYTES
         or int(root["rows"].max()) > layout.MAX_PAGE_ROWS
         or int(root["max_step"].max()) > layout.MAX_STEP
         or int(root["min_step"].max()) > layout.MAX_STEP

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from robustness.fuzz_corpus import by_hand, copied
 from support.goals import record
@@ -66,6 +67,16 @@ def _shape(shape: list[int]) -> Change:
     return change
 
 
+def _raw_heads(editor: SegmentEditor) -> None:
+    """65 catalog pages of 16 MiB, one behind the other, of which no byte is stored but one."""
+    pages, size = 65, layout.MAX_PAGE_RAW_NBYTES
+    rows = np.repeat(editor.rows[:1], pages)
+    rows["first_series"] = np.arange(pages)
+    rows["last_series"], rows["rows"], rows["raw_nbytes"] = np.arange(pages), 1, size
+    editor.rows = np.concatenate([rows, editor.rows[1:]])
+    editor.stored[:1] = [b"x"] * pages
+
+
 CASES: dict[str, list[Change]] = {
     "MAX_NAME_NBYTES": [_cell(layout.PAGE_CATALOG, "name", "~" * (layout.MAX_NAME_NBYTES + 1))],
     "MAX_RANK": [_shape([1] * (layout.MAX_RANK + 1))],
@@ -97,7 +108,7 @@ CASES: dict[str, list[Change]] = {
     "MAX_PAGE_NBYTES": [_root(row, "nbytes", layout.MAX_PAGE_NBYTES + 1) for row in (0, -1)],
     "MAX_PAGE_ROWS": [_root(row, "rows", layout.MAX_PAGE_ROWS + 1) for row in (0, -1)],
     "MAX_ROOT_NBYTES": [_header("root_nbytes", layout.MAX_ROOT_NBYTES + 64)],
-    "MAX_HEAD_NBYTES": [_header("head_nbytes", layout.MAX_HEAD_NBYTES + 1)],
+    "MAX_HEAD_NBYTES": [_header("head_nbytes", layout.MAX_HEAD_NBYTES + 1), _raw_heads],
     "MAX_SERIES": [_header("series", layout.MAX_SERIES + 1)],
     "MAX_ENTRY_STEPS": [_entry(count=layout.MAX_ENTRY_STEPS + 1)],
 }

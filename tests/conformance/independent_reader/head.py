@@ -78,6 +78,7 @@ def _check_limits(header: Header) -> None:
     need(header.root_nbytes <= MAX_ROOT_NBYTES, "root_nbytes", "limit")
     need(header.head_nbytes <= MAX_HEAD_NBYTES, "head_nbytes", "limit")
     need(header.series <= MAX_SERIES, "series", "limit")
+    need(header.num_workers <= MAX_WORKER + 1, "num_workers", "limit")
     need(max(header.resume_step, *header.complete_through) <= MAX_STEP, "steps", "limit")
     need(max(header.worker, header.attempt) <= MAX_WORKER, "worker, attempt", "limit")
     need(header.last_flush <= MAX_NUMBER, "last_flush", "limit")
@@ -101,6 +102,8 @@ def read_root(data: bytes, header: Header) -> list[RootRow]:
         raw = data[end - header.root_nbytes : end]
         need(crc32c(raw) == header.root_crc32c, "root", "checksum")
     root = [RootRow(*row) for row in struct.iter_unpack("<QIIIIIIqqB15s", raw)]
+    raw_nbytes = sum(row.raw_nbytes for row in root if row.kind != ENTRIES)
+    need(raw_nbytes <= MAX_HEAD_NBYTES, "raw_nbytes of the head", "limit")
     place = HEADER_NBYTES + header.root_nbytes
     for row in root:
         _check_root_row(row)
