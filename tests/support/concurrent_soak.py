@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import pickle
+import resource
 import shutil
 import threading
 import time
@@ -169,8 +171,15 @@ def read_ten(run: tsf.Run, seed: int) -> None:
             raise AssertionError(f"{name} at {step}: {found!r:.100}")
 
 
-def many_threads(channel: Channel, url: str, count: int) -> tuple[int, int, list[str]]:
-    """Read in so many threads at once; give the peak of memory in bytes, and what went wrong."""
+def many_threads(channel: Channel, url: str, count: int) -> tuple[int, int, int, list[str]]:
+    """Read in so many threads at once.
+
+    Returns
+    -------
+    tuple
+        Threads that came to their end; by how many bytes memory grew at most, and for good;
+        what went wrong.
+    """
     write_small(url)
     threading.stack_size(256 * 1024)
     start = threading.Event()
@@ -193,7 +202,11 @@ def many_threads(channel: Channel, url: str, count: int) -> tuple[int, int, list
         start.set()
         for thread in threads:
             thread.join()
-        return len(done), health()[0] - before, wrong
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+        threads.clear()
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what the C library keeps of freed memory is not ours
+        return len(done), peak, health()[0] - before, wrong
 
 
 def fork_readers(channel: Channel, url: str, count: int) -> tuple[list[int], bytes]:
