@@ -6,6 +6,7 @@ The second number of a case is how many MiB it may take: what its limits in the 
 from __future__ import annotations
 
 import gc
+import io
 import json
 import os
 import resource
@@ -15,6 +16,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import crc32c
@@ -111,6 +113,38 @@ def constant_chunk() -> None:
     assert run["x"].read(step=0, index=np.s_[-2:]).tolist() == [7, 7]
 
 
+def planes_chunk() -> None:
+    """128 MiB in 9 bytes: each plane is one byte, repeated."""
+    payload = bytes([0, 1, 0, 0]) + (1).to_bytes(4, "little") + b"\x09"
+    run = _with_chunk(layout.CODEC_PLANES, payload)
+    assert run["x"].read(step=0, index=np.s_[-2:]).tolist() == [9, 9]
+
+
+def planes_chunk_that_lies() -> None:
+    """A plane whose frame says another length than the plane has."""
+    for size in (0, 1000, 2**40):
+        frame = b"\x28\xb5\x2f\xfd\xe0" + size.to_bytes(8, "little") + b"\x03\x00\x00" + b"\0"
+        payload = bytes([0, 1, 0, 0]) + len(frame).to_bytes(4, "little") + frame
+        run = _with_chunk(layout.CODEC_PLANES, payload)
+        assert _code(partial(run["x"].read, step=0)) == "malformed"
+
+
+def lz4_page() -> None:
+    """A page whose columns are compressed by Arrow, and say 2^40 bytes each."""
+
+    def change(editor: SegmentEditor) -> None:
+        number = len(editor.rows) - 1
+        batch, sink = editor.batch(number), io.BytesIO()
+        options = pa.ipc.IpcWriteOptions(compression="lz4")
+        with pa.ipc.new_stream(sink, batch.schema, options=options) as writer:
+            writer.write_batch(batch)
+        nbytes = (8 * batch.num_rows).to_bytes(8, "little")
+        assert nbytes in sink.getvalue()
+        editor.set_raw(number, sink.getvalue().replace(nbytes, (2**40).to_bytes(8, "little")))
+
+    assert _code(opened(_edited(change))["d"].read) == "malformed"
+
+
 def zstd_chunk_with_window() -> None:
     """A frame with a window of 2 GiB, as `--long=31` makes."""
     parameters = zstandard.ZstdCompressionParameters(window_log=31, enable_ldm=True)
@@ -143,8 +177,8 @@ def steps_beyond_listing() -> None:
 
 
 def many_series() -> None:
-    """200,000 series of one name: sorted by their grids alone."""
-    n = 200_000
+    """60,000 series of one name: sorted by their grids alone."""
+    n = 60_000
     series = [
         Series(name="x", kind=0, mode=0, dtype="int8", shape=(1,), grid=(i + 1,)) for i in range(n)
     ]
@@ -154,7 +188,7 @@ def many_series() -> None:
 
 
 def many_names() -> None:
-    n = 300_000
+    n = 200_000
     series = [
         Series(name=f"{i:08d}", kind=0, mode=0, dtype="int8", shape=(1,), grid=(0,))
         for i in range(n)
@@ -209,7 +243,8 @@ def sparse_head() -> None:
 
 CASES: list[tuple[Callable[[], None], int]] = [
     (page_of_zeros, 128), (page_above_limit, 128), (frame_that_lies, 64), (zstd_chunk, 600),
-    (constant_chunk, 400), (zstd_chunk_with_window, 600), (steps_beyond_listing, 256),
+    (constant_chunk, 400), (planes_chunk, 400), (planes_chunk_that_lies, 400), (lz4_page, 64),
+     (zstd_chunk_with_window, 600), (steps_beyond_listing, 256),
     (many_series, 1024), (many_names, 1024), (attrs_of_lists, 1024), (sparse_head, 2048),
 ]  # fmt: skip
 
