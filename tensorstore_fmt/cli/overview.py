@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
-from tensorstore_fmt.cli.failures import EXIT_PROBLEM, describe
+from tensorstore_fmt.cli.failures import EXIT_PROBLEM, UsageError, describe
 from tensorstore_fmt.cli.output import Output, json_text
 from tensorstore_fmt.cli.session import open_run
 from tensorstore_fmt.cli.text import bytes_text, steps_text, time_text
@@ -18,7 +18,15 @@ __all__ = ["info"]
 
 
 def info(arguments: Namespace, output: Output) -> int:
-    """Describe a run; 1 if its index is damaged."""
+    """Describe a run; 1 if its index is damaged. Or this installation."""
+    if arguments.build:
+        from tensorstore_fmt.cli.build import show_build  # rarely needed
+
+        return show_build(output)
+    if arguments.url is None:
+        raise UsageError(
+            "info needs the URL of a run, or --build; see: tensorstore-fmt info --help"
+        )
     with open_run(arguments, output) as run:
         facts, steps = _facts(run)
     if output.is_json:

@@ -29,7 +29,7 @@ VERBS: Final = {
 }
 """The function of each verb: module of this package and name."""
 
-_LATE: Final = {"ls": "pattern", "slice": "index", "demo": "url"}
+_LATE: Final = {"ls": "pattern", "info": "url", "slice": "index", "demo": "url"}
 
 _EPILOG: Final = """\
 URL is a folder, or whatever fsspec can open: s3://bucket/run, memory://run, https://host/run …

@@ -74,7 +74,12 @@ def _add_reading(verbs: Verbs, common: argparse.ArgumentParser) -> None:
     )
 
     info = _add(verbs, common, "info", "describe a run: attributes, workers, steps, sizes, damage")
-    info.add_argument("url", metavar="URL")
+    info.add_argument("url", metavar="URL", nargs="?")
+    info.add_argument(
+        "--build",
+        action="store_true",
+        help="describe this installation instead: versions, whether the compiled kernel is used",
+    )
 
     stat = _add(
         verbs,

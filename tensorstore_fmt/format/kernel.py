@@ -75,11 +75,11 @@ active, _reason = _load()
 
 
 def describe() -> dict[str, str | int | None]:
-    """Say what is in use: kernel ("compiled" or "numpy"), version, compiler, or why not."""
+    """Say what is in use: uses ("compiled" or "numpy"), version, compiler, or why not."""
     if active is None:
-        return {"kernel": "numpy", "version": None, "compiler": None, "why": _reason}
+        return {"uses": "numpy", "version": None, "compiler": None, "why": _reason}
     return {
-        "kernel": "compiled",
+        "uses": "compiled",
         "version": active.VERSION,
         "compiler": active.COMPILER,
         "why": None,

@@ -18,6 +18,7 @@ import pytest
 from support.kernels import GIVEN, ROOT, builder, compiled, load, using
 
 from tensorstore_fmt import dtypes
+from tensorstore_fmt.cli import main
 from tensorstore_fmt.format import kernel, planes, statistics
 
 BIT_KINDS = {"e": 2, "E": 2, "f": 4, "d": 8, "h": 2, "H": 2, "i": 4, "I": 4, "q": 8, "Q": 8, "B": 1}
@@ -261,19 +262,19 @@ def described(**environment: str) -> dict[str, Any]:
         check=True,
     )
     found, is_absent = json.loads(done.stdout)
-    assert (found["kernel"] == "numpy") == is_absent
+    assert (found["uses"] == "numpy") == is_absent
     return dict(found)
 
 
 def test_turned_off() -> None:
     found = described(TENSORSTORE_FMT_KERNEL="0")
-    assert found["kernel"] == "numpy"
+    assert found["uses"] == "numpy"
     assert kernel.SWITCH in found["why"]
 
 
 def test_in_use_or_a_reason() -> None:
     found = described(TENSORSTORE_FMT_KERNEL="1")
-    if found["kernel"] == "compiled":
+    if found["uses"] == "compiled":
         assert found["version"] == 1
         assert found["compiler"]
     else:
@@ -319,6 +320,21 @@ def test_of_this_version(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not why
     monkeypatch.setattr(kernel, "active", active)
     assert kernel.describe()["compiler"] == compiled().COMPILER
+
+
+def test_the_command_says_which(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(kernel, "active", None)
+    assert main(["info", "--build"]) == 0
+    assert "NumPy does its work: " in capsys.readouterr().out
+    monkeypatch.setattr(kernel, "active", compiled())
+    assert main(["info", "--build"]) == 0
+    assert compiled().COMPILER in capsys.readouterr().out
+    assert main(["info", "--build", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["kernel"]
+    assert (found["uses"], found["version"], found["why"]) == ("compiled", 1, None)
+    assert main(["info"]) == 2
 
 
 # --- how it is built ----------------------------------------------------------------
