@@ -21,6 +21,7 @@ from tensorstore_fmt.storage import FileInfo, Listing, Prefix, Range, Storage
 __all__ = ["Joined", "join_run"]
 
 _POLL_S: Final = 0.2
+_LOOKS: Final = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +56,8 @@ def join_run(
         The run is finished, and the caller did not say from which step to go on.
     NotARunError
         The folder holds something else; or, for another worker than 0, no run appeared in time.
+    FormatError
+        Nothing of the newest attempt can be read, and the caller does not begin another.
     """
     info, is_first = _run_info(
         storage,
@@ -64,13 +67,20 @@ def join_run(
         now_us=now_us,
         new_run_id=new_run_id,
     )
-    heads = [] if is_first else _newest_headers(storage, info.run_id)
+    heads, newest = ([], -1) if is_first else _newest_headers(storage, info.run_id)
     if resume_from is None:
-        number = _current_attempt(storage, heads, attempt, num_workers)
+        number = _current_attempt(storage, heads, newest, attempt, num_workers)
         same = [h for h in heads if h.key.attempt == number]
         resume_step = same[0].resume_step if same else 0
     else:
-        number = _next_attempt(heads, attempt, worker, num_workers, resume_from)
+        number = _next_attempt(
+            heads,
+            newest,
+            attempt=attempt,
+            worker=worker,
+            num_workers=num_workers,
+            resume_from=resume_from,
+        )
         resume_step = resume_from
     also_here = any(
         h.key.attempt == number and h.key.worker == worker and not h.is_closed for h in heads
@@ -137,22 +147,31 @@ def _refuse_foreign_folder(storage: Storage) -> None:
         )
 
 
-def _newest_headers(storage: Storage, run_id: bytes) -> list[segment.Header]:
-    """Give the newest header of each writer of the run; those that cannot be read are left out."""
-    newest: dict[layout.WriterKey, layout.SegmentName] = {}
-    for file in storage.fetch([Listing(layout.INDEX_DIR)])[0]:
-        name = layout.parse_segment_name(file.base)
-        if name is None:
-            continue
-        known = newest.get(name.key)
-        if known is None or (name.last, name.count) > (known.last, known.count):
-            newest[name.key] = name
-    names = list(newest.values())
-    found = storage.fetch_settled([Range(n.path, 0, layout.SEGMENT_HEADER.size) for n in names])
+def _newest_headers(storage: Storage, run_id: bytes) -> tuple[list[segment.Header], int]:
+    """Give the newest header of each writer of the run, and the newest attempt; −1 for none.
+
+    Headers that cannot be read are left out, but their names still tell of their attempts: a
+    number that is taken must not be taken again.
+    """
+    names: list[layout.SegmentName] = []
+    found: list[bytes | Exception] = []
+    for _ in range(_LOOKS):
+        newest: dict[layout.WriterKey, layout.SegmentName] = {}
+        for file in storage.fetch([Listing(layout.INDEX_DIR)])[0]:
+            name = layout.parse_segment_name(file.base)
+            if name is None:
+                continue
+            known = newest.get(name.key)
+            if known is None or (name.last, name.count) > (known.last, known.count):
+                newest[name.key] = name
+        names = list(newest.values())
+        found = storage.fetch_settled([Range(n.path, 0, layout.SEGMENT_HEADER.size) for n in names])
+        if not any(isinstance(data, FileNotFoundError) for data in found):
+            break  # else they were merged this moment
     headers = []
     for name, data in zip(names, found, strict=True):
         if isinstance(data, FileNotFoundError | FormatError):
-            continue  # merged this moment, or damaged: `verify` says so, a new writer need not
+            continue  # damaged: `verify` says so, a new writer need not
         if isinstance(data, Exception):
             raise data
         try:
@@ -160,17 +179,28 @@ def _newest_headers(storage: Storage, run_id: bytes) -> list[segment.Header]:
         except FormatError as error:
             if error.code in ("unsupported_version", "unknown_feature"):
                 raise
-    return headers
+    return headers, max((name.key.attempt for name in names), default=-1)
 
 
 def _current_attempt(
-    storage: Storage, heads: list[segment.Header], attempt: int | None, num_workers: int
+    storage: Storage,
+    heads: list[segment.Header],
+    newest: int,
+    attempt: int | None,
+    num_workers: int,
 ) -> int:
     """Give the attempt that a writer joins which does not resume."""
-    if not heads:
+    if newest < 0:
         return attempt or 0
-    newest = max(h.key.attempt for h in heads)
     same = [h for h in heads if h.key.attempt == newest]
+    if not same:
+        raise FormatError(
+            f"{storage.describe()}: nothing of attempt {newest} can be read, so nobody knows from "
+            "which step it went on; try `tensorstore-fmt recover`, or begin a new attempt with "
+            "resume_from=STEP",
+            code="missing_segment",
+            attempt=newest,
+        )
     wanted = max(h.num_workers for h in same)
     if len({h.key.worker for h in same}) >= wanted and all(h.is_closed for h in same):
         raise RunExistsError(
@@ -189,6 +219,8 @@ def _current_attempt(
 
 def _next_attempt(
     heads: list[segment.Header],
+    newest: int,
+    *,
     attempt: int | None,
     worker: int,
     num_workers: int,
@@ -197,11 +229,10 @@ def _next_attempt(
     """Give the attempt of a writer that resumes: a new one, or the one its fellows began."""
     if attempt is not None:
         return attempt
-    if not heads:
-        return 0
-    newest = max(h.key.attempt for h in heads)
     same = [h for h in heads if h.key.attempt == newest]
-    is_fellow = all(h.num_workers == num_workers and h.resume_step == resume_from for h in same)
+    is_fellow = bool(same) and all(
+        h.num_workers == num_workers and h.resume_step == resume_from for h in same
+    )
     is_here = any(h.key.worker == worker for h in same)
     return newest if is_fellow and not is_here and newest > 0 else newest + 1
 
