@@ -14,17 +14,22 @@ import json
 import random
 import resource
 import sys
+import tempfile
 import time
 import traceback
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
+from conformance.independent_reader import Run as IndependentRun
+from conformance.independent_reader import SpecError
+from conformance.independent_reader import open_run as open_independently
 from robustness.fuzz_corpus import by_hand, codecs, parts, unbundled
 from support.mutate import (
     NUMBERS_OF_HEADER,
@@ -34,13 +39,16 @@ from support.mutate import (
     mended_bundle,
     opened,
     run_json,
+    save,
     wrapped,
 )
 
 from tensorstore_fmt import dtypes
 from tensorstore_fmt.errors import TensorStoreError
-from tensorstore_fmt.format import codec, layout, strings
+from tensorstore_fmt.format import bundle as bundle_file
+from tensorstore_fmt.format import codec, layout, runfile, segment, strings
 from tensorstore_fmt.format.strings import pack_strings
+from tensorstore_fmt.reading.run import Run
 
 INTERESTING: Final = (
     0, 1, 2, 3, 7, 8, 63, 64, 65, 127, 128, 255, 256, 1000, 4095, 65535, 65536, 2**17, 2**20,
@@ -55,6 +63,14 @@ TEXTS: Final = (
 )  # fmt: skip
 MAX_MIB: Final = 2048
 SLOW_S: Final = 5.0
+HANG_S: Final = 120.0
+"""After so long without an end of an input the process ends, with a traceback."""
+WATCHED: Final = 64
+"""The watch is set anew for each so many inputs."""
+WHOLE_SHARE: Final = 0.05
+COMPARED_SHARE: Final = 0.01
+"""Shares of inputs that are read as part of a run, and by two readers; others are parsed."""
+_QUICK: Final = Path("/dev/shm")
 
 Work = Callable[[], object]
 
@@ -124,6 +140,53 @@ def _try(work: Work) -> None:
         work()
 
 
+# --- two readers ----------------------------------------------------------------------------
+
+differences: Counter[str] = Counter()
+"""How often only one of the readers gave a value; they must never give two different ones."""
+
+
+def compare(files: Files) -> None:
+    """Read with the independent reader too: what both give must be the same, bit for bit.
+
+    It reads segments as a whole, and so refuses some that only a page of is damaged; and it checks
+    no digests. What one of them refuses is counted.
+    """
+    try:
+        run = opened(files)
+    except TensorStoreError:
+        run = None
+    with tempfile.TemporaryDirectory(dir=_QUICK if _QUICK.is_dir() else None) as place:
+        try:
+            other = open_independently(save(files, Path(place)))
+        except SpecError:
+            differences["only the library opens" if run is not None else "both refuse"] += 1
+            return
+        if run is None:
+            differences["only the independent reader opens"] += 1
+            return
+        for name in run.names()[:20]:
+            for step in range(3):
+                _compare_value(run, other, name, step)
+
+
+def _compare_value(run: Run, other: IndependentRun, name: str, step: int) -> None:
+    ours = theirs = None
+    with suppress(TensorStoreError):
+        ours = np.asarray(run[name].read(step=step))
+    with suppress(SpecError):
+        theirs = other.read(name, step)
+    if ours is None or theirs is None:
+        kinds = ("neither gives it", "only the library", "only the independent reader")
+        differences[kinds[(ours is not None) + 2 * (theirs is not None)]] += 1
+        return
+    is_text = theirs.dtype == object
+    same = ours.tolist() == theirs.tolist() if is_text else ours.tobytes() == theirs.tobytes()
+    if not same or ours.shape != theirs.shape:
+        raise AssertionError(f"{name!r} at step {step}: the readers differ")
+    differences["the same value"] += 1
+
+
 def _segment(rng: random.Random, corpora: list[Files]) -> tuple[Files, str, SegmentEditor]:
     files = rng.choice(corpora)
     path = rng.choice([p for p in files if p.startswith("index/") and len(files[p]) > 600])
@@ -139,16 +202,36 @@ def _editor(data: bytes) -> SegmentEditor:
     return _editors[data].copy()
 
 
-def _used(files: Files, path: str, editor: SegmentEditor) -> Work:
-    changed = {**files, path: editor.encode()}
-    return lambda: use(changed)
+def _used(rng: random.Random, files: Files, path: str, editor: SegmentEditor) -> Work:
+    data = editor.encode()
+    return _mostly(rng, lambda: _parse_segment(path, data), {**files, path: data})
+
+
+def _mostly(rng: random.Random, parse: Work, changed: Files) -> Work:
+    """Mostly call the parser alone; now and then use the run, or compare two readers."""
+    chance = rng.random()
+    if chance < WHOLE_SHARE:
+        return lambda: use(changed)
+    if chance < WHOLE_SHARE + COMPARED_SHARE:
+        return lambda: compare(changed)
+    return lambda: _try(parse)
+
+
+def _parse_segment(path: str, data: bytes) -> None:
+    name = layout.parse_segment_name(path.removeprefix("index/"))
+    header = segment.decode_header(data, where=path, name=name, nbytes=len(data))
+    head = segment.decode_head(header, data)
+    for page in head.entry_pages().tolist():
+        row = head.root[page]
+        stored = data[int(row["offset"]) : int(row["offset"]) + int(row["nbytes"])]
+        _try(lambda page=page, stored=stored: head.decode_entries(page, stored))
 
 
 def header(rng: random.Random, corpora: list[Files]) -> Work:
     files, path, editor = _segment(rng, corpora)
     for name in rng.choices(NUMBERS_OF_HEADER, k=rng.randint(1, 3)):
         editor.header[name] = number(rng, int(editor.first[name].reshape(-1)[0]))
-    return _used(files, path, editor)
+    return _used(rng, files, path, editor)
 
 
 def root(rng: random.Random, corpora: list[Files]) -> Work:
@@ -156,7 +239,7 @@ def root(rng: random.Random, corpora: list[Files]) -> Work:
     for _ in range(rng.randint(1, 3)):
         row, name = rng.randrange(len(editor.rows)), rng.choice(NUMBERS_OF_ROOT)
         editor.root[row, name] = number(rng, int(editor.rows[row][name]))
-    return _used(files, path, editor)
+    return _used(rng, files, path, editor)
 
 
 def columns(rng: random.Random, corpora: list[Files]) -> Work:
@@ -175,7 +258,7 @@ def columns(rng: random.Random, corpora: list[Files]) -> Work:
             editor.set_columns(page, changed)
         except (pa.ArrowException, OverflowError, ValueError, UnicodeError):
             continue
-    return _used(files, path, editor)
+    return _used(rng, files, path, editor)
 
 
 def cell(rng: random.Random, kind: pa.DataType, value: Any) -> Any:
@@ -216,7 +299,7 @@ def rows(rng: random.Random, corpora: list[Files]) -> Work:
         else:
             order[b] = a
     editor.set_batch(page, batch.take(pa.array(order)))
-    return _used(files, path, editor)
+    return _used(rng, files, path, editor)
 
 
 def arrow(rng: random.Random, corpora: list[Files]) -> Work:
@@ -224,7 +307,7 @@ def arrow(rng: random.Random, corpora: list[Files]) -> Work:
     files, path, editor = _segment(rng, corpora)
     page = rng.randrange(len(editor.rows))
     editor.set_raw(page, scratched(rng, editor.raw[page]))
-    return _used(files, path, editor)
+    return _used(rng, files, path, editor)
 
 
 def frame(rng: random.Random, corpora: list[Files]) -> Work:
@@ -232,7 +315,7 @@ def frame(rng: random.Random, corpora: list[Files]) -> Work:
     files, path, editor = _segment(rng, corpora)
     page = rng.randrange(len(editor.rows))
     editor.set_stored(page, scratched(rng, editor.stored[page]))
-    return _used(files, path, editor)
+    return _used(rng, files, path, editor)
 
 
 def bundle(rng: random.Random, _: list[Files]) -> Work:
@@ -248,8 +331,9 @@ def bundle(rng: random.Random, _: list[Files]) -> Work:
     data = mended_bundle(files[layout.BUNDLE], header=head, table=changes)
     if rng.random() < 0.3:
         data = data[: rng.randrange(len(data))]
-    changed = {**files, layout.BUNDLE: data}
-    return lambda: use(changed)
+    run_id = runfile.decode(files[layout.RUN_JSON]).run_id
+    parse = partial(bundle_file.decode, data, run_id=run_id, nbytes=len(data))
+    return _mostly(rng, parse, {**files, layout.BUNDLE: data})
 
 
 VALUES: Final = (
@@ -271,8 +355,8 @@ def runjson(rng: random.Random, corpora: list[Files]) -> Work:
         texts = {key: json.dumps(value) for key, value in members.items()}
         texts[rng.choice([*texts, "more"])] = rng.choice(VALUES)
         body = ("{" + ",".join(f'"{k}":{v}' for k, v in texts.items())).encode()
-    changed = {**files, layout.RUN_JSON: run_json(body)}
-    return lambda: use(changed)
+    made = run_json(body)
+    return _mostly(rng, lambda: runfile.decode(made), {**files, layout.RUN_JSON: made})
 
 
 # --- payloads -------------------------------------------------------------------------------
@@ -359,6 +443,8 @@ class Fuzzer:
 
     def one(self, number_: int) -> None:
         """Make and try one input."""
+        if number_ % WATCHED == 0:
+            faulthandler.dump_traceback_later(HANG_S, exit=True)
         rng = random.Random(f"{self.seed}:{number_}")
         name = rng.choice(self.names)
         if self.note is not None:
@@ -399,7 +485,8 @@ class Fuzzer:
         return {
             "seed": self.seed, "inputs": self.counts.total(), "of": dict(self.counts),
             "per_second": rates, "failures": self.failures[:40], "n_failures": len(self.failures),
-            "known": dict(self.known), "warned": dict(self.warned.most_common(8)),
+            "known": dict(self.known), "two_readers": dict(differences),
+            "warned": dict(self.warned.most_common(8)),
             "slowest_s": round(self.slowest[0], 3), "slowest": self.slowest[1],
             "max_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
         }  # fmt: skip
