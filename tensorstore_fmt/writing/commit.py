@@ -60,14 +60,17 @@ def collect(generation: Generation) -> tuple[list[PendingEntry], int]:
 
 
 def collect_dropped(generation: Generation) -> tuple[list[PendingEntry], int]:
-    """Do as `collect`, but record all that was saved as dropped."""
+    """Do as `collect`, but record all that was saved as dropped; the step tables stay."""
     dropped = list(generation.dropped)
     for save in generation.saves:
         steps = (step for step in save.steps if step not in save.replaced)
         dropped += [(save.kept.series, step) for step in steps]
     for stage in generation.inline.values():
         dropped += [(stage.kept.series, step) for step, _ in stage.rows]
-    return [_dropped_entry(series, step) for series, step in dropped], len(dropped)
+    entries = [_dropped_entry(series, step) for series, step in dropped]
+    for mode, rows in generation.step_tables.items():
+        entries += _step_table_entries(mode, rows)
+    return entries, len(dropped)
 
 
 def _placed(data: bytes, codec_number: int) -> Placed:

@@ -104,7 +104,7 @@ class Committer:
         self._flush(durable=True, is_last=True)
         # What could not be published until now never will be.
         for generation in self._uncollected:
-            self.dropped += collect_dropped(generation)[1]
+            self.dropped += len(generation.inline) + len(generation.saves)
         self.dropped += sum(tensors(entries) for _, entries in self._carried)
 
     def _run(self) -> None:

@@ -33,9 +33,16 @@ class _Call:
     scalars: list[tuple[str, float]] = field(default_factory=list)
     tensors: list[tuple[Tensor, Kept, int, Held | None]] = field(default_factory=list)
     holds: list[Held] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)  # names of what no memory could be had for
     done: int = 0  # of the tensors
     is_begun: bool = False
     tries: int = 0
+
+    def names(self) -> list[tuple[str, int, int]]:
+        """Give name, mode and step of what is not taken yet."""
+        left = [tensor.name for tensor, *_ in self.tensors[self.done :]]
+        names = [*self.lost, *left, *(name for name, _ in self.scalars)]
+        return [(name, self.mode, self.step) for name in names]
 
 
 class Intake:
@@ -59,8 +66,6 @@ class Intake:
     ----------
     steps, raw_nbytes
         What was logged so far.
-    unrecorded
-        Tensors that were dropped before it was known what they are.
     """
 
     def __init__(
@@ -91,13 +96,19 @@ class Intake:
         self._max_step = [-1] * len(layout.MODES)
         self._mode_steps = {m: joined.mode_steps.get(m, 0) for m in range(len(layout.MODES))}
         self._last_logged: dict[int, int] = {}
-        self.steps = self.raw_nbytes = self.unrecorded = 0
+        self._unknown: list[tuple[str, int, int]] = []  # name, mode, step
+        self.steps = self.raw_nbytes = 0
 
     @property
     def number(self) -> int:
         """Number of the generation that is being filled."""
         with self.lock:
             return self._generation.number
+
+    @property
+    def unrecorded(self) -> int:
+        """Tensors that were dropped, and of which the run has no record: nor their name."""
+        return len(self._unknown)
 
     @property
     def has_news(self) -> bool:
@@ -133,7 +144,7 @@ class Intake:
                 raise
             self._failures.note(error)
             if not call.is_begun:  # else whoever comes next carries it out
-                self.unrecorded += max(1, len(call.scalars) + len(call.tensors))
+                self._unknown += call.names()
             return
         if generation.raw_nbytes >= self._options.flush_bytes:
             self._request(generation.number)
@@ -144,12 +155,19 @@ class Intake:
             items = dict(flatten(data)).items()
         floats, mode = self._generation.floats, call.mode
         for name, value in items:
-            if type(value) is float:
-                if (mode, name) not in floats:
-                    self._staging.plan_float(name, mode)
-                call.scalars.append((name, value))
-            else:
-                self._copy_tensor(check_name(name), value, call)
+            try:
+                if type(value) is float:
+                    if (mode, name) not in floats:
+                        self._staging.plan_float(name, mode)
+                    call.scalars.append((name, value))
+                else:
+                    self._copy_tensor(check_name(name), value, call)
+            except MemoryError as error:  # the other values are taken nevertheless
+                if not self._failures.is_quiet:
+                    raise
+                self._failures.note(error)
+                self._quota.release(call.holds[-1:] if type(value) is not float else ())
+                call.lost.append(name)
 
     def _copy_tensor(self, name: str, value: object, call: _Call) -> None:
         global_shape: tuple[int, ...] = ()
@@ -162,27 +180,15 @@ class Intake:
         held = Held()
         call.holds.append(held)
         is_taken = self._reserve(held, nbytes)
-        shot = None
-        try:
-            shot = outline(value) if not is_taken else None
-            shot = shot or snapshot(name, value, empty=self._buffers.empty)
-        except MemoryError as error:
-            if not self._failures.is_quiet:
-                raise
-            self._failures.note(error)
-            is_taken, shot = False, outline(value)
-        if shot is None:
-            self.unrecorded += 1
-            return
+        shot = outline(value) if not is_taken else None
+        shot = shot or snapshot(name, value, empty=self._buffers.empty)
         self._plan(Tensor(name, shot, global_shape, origin), call, held if is_taken else None)
 
     def _plan(self, tensor: Tensor, call: _Call, held: Held | None) -> None:
         if tensor.global_shape:
             check_box(tensor)
         kept, nbytes = self._staging.plan(tensor, call.mode)
-        if held is None:
-            self._quota.release(call.holds[-1:])
-        else:
+        if held is not None:
             queued = nbytes if kept.storing != "inline" else 0
             if queued != held.nbytes:  # what the value said of itself was a guess
                 self._quota.correct(held, queued)
@@ -201,6 +207,7 @@ class Intake:
     def _is_shared(self, call: _Call) -> bool:
         generation = self._generation
         kepts = [kept for _, kept, _, _ in call.tensors]
+        kepts += filter(None, [self._staging.last(name, call.mode) for name in call.lost])
         if generation.joined:  # a name may have been a larger tensor before it was a number
             kepts += [self._staging.plan_float(name, call.mode) for name, _ in call.scalars]
         return any(self._staging.is_shared(generation, kept, call.step) for kept in kepts)
@@ -212,6 +219,8 @@ class Intake:
         call.tries += 1
         if call.tries <= _MAX_TRIES:
             self._carry_out(call)
+        else:
+            self._unknown += call.names()
         self._taking = None
 
     def _carry_out(self, call: _Call) -> None:
@@ -233,6 +242,8 @@ class Intake:
         nbytes = 8 * len(call.scalars)
         call.scalars, self.raw_nbytes = [], self.raw_nbytes + nbytes
         generation.raw_nbytes += nbytes
+        if call.lost or self._unknown:
+            self._drop_lost(generation, call)
         while call.done < len(call.tensors):
             tensor, kept, nbytes, held = call.tensors[call.done]
             ready = None
@@ -245,6 +256,16 @@ class Intake:
             generation.raw_nbytes += nbytes
             if ready is not None:
                 self._staging.send(generation, ready)
+
+    def _drop_lost(self, generation: Generation, call: _Call) -> None:
+        """Record what could not be copied as soon as it is known what its name stands for."""
+        self._unknown = list(
+            dict.fromkeys([*self._unknown, *((name, call.mode, call.step) for name in call.lost)])
+        )
+        call.lost = []
+        for lost in list(self._unknown):
+            if self._staging.drop_named(generation, *lost):
+                self._unknown.remove(lost)
 
     def _stamp(self, generation: Generation, step: int, mode: int, time_us: int) -> None:
         """Note the step in the step table, and what is complete now."""

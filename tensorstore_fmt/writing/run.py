@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import concurrent.futures.thread  # noqa: F401 - its end of all pools is registered before ours
 import os
 import secrets
 import time
@@ -475,3 +476,8 @@ def _close_all() -> None:
             warnings.warn(
                 f"{run.url}: closing at exit failed: {error}", RuntimeWarning, stacklevel=1
             )
+
+
+# Pools of threads end before what `atexit` calls, and the event loop of object stores needs one to
+# look up hosts: every request would fail then. What is registered last here is called first.
+threading._register_atexit(_close_all)  # type: ignore[attr-defined]  # noqa: SLF001 - no public way

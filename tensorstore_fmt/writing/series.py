@@ -32,6 +32,15 @@ class Group:
     grids: dict[tuple[str, int], list[tuple[int, ...]]] = field(default_factory=dict)
     kept: dict[tuple[str, tuple[int, ...]], Kept] = field(default_factory=dict)
 
+    def has(self, series: Series) -> bool:
+        """Say whether a series of data is one of these."""
+        return (series.name, series.mode, series.global_shape, series.origin) == (
+            self.name,
+            self.mode,
+            self.global_shape,
+            self.origin,
+        )
+
 
 @dataclass(slots=True, eq=False)
 class Kept:
@@ -57,6 +66,7 @@ class SeriesBook:
     def __init__(self, options: WriterOptions) -> None:
         self._options = options
         self._groups: dict[tuple[object, ...], Group] = {}
+        self._last: dict[tuple[str, int], Kept] = {}
 
     def group(
         self,
@@ -86,7 +96,12 @@ class SeriesBook:
             kept = self._make(group, dtype, shape, step_nbytes)
             if dtype != dtypes.STRING and len(group.kept) < 1024:  # shapes may change for ever
                 kept = group.kept.setdefault((dtype, shape), kept)
+            self._last[group.name, group.mode] = kept
         return kept
+
+    def last(self, name: str, mode: int) -> Kept | None:
+        """Give what was found out last about a name."""
+        return self._last.get((name, mode))
 
     def _make(self, group: Group, dtype: str, shape: tuple[int, ...], step_nbytes: int) -> Kept:
         name = group.name

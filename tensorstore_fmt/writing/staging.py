@@ -146,6 +146,12 @@ class Staging:
         for stage in generation.inline.values():
             if stage.kept.group is group:
                 stage.forget(step)
+        if generation.dropped:
+            generation.dropped = [
+                (series, at)
+                for series, at in generation.dropped
+                if at != step or not group.has(series)
+            ]
         for save in generation.saves:
             if save.kept.group is not group:
                 continue
@@ -164,6 +170,17 @@ class Staging:
         what = (kept.series, step)
         if generation.dropped[-1:] != [what]:
             generation.dropped.append(what)
+
+    def last(self, name: str, mode: int) -> Kept | None:
+        """Give how the last tensor of a name was kept."""
+        return self._book.last(name, mode)
+
+    def drop_named(self, generation: Generation, name: str, mode: int, step: int) -> bool:
+        """Record what could not be looked at, as what the name stood for; False: it is new."""
+        kept = self.last(name, mode)
+        if kept is not None:
+            self.drop(generation, kept, step)
+        return kept is not None
 
     def send(self, generation: Generation, save: Save) -> None:
         """Let the encoders have a save."""
