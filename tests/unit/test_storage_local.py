@@ -212,6 +212,25 @@ def test_exclusive_without_hard_links(storage: Storage, monkeypatch: pytest.Monk
     assert storage.fetch([Prefix("a", 9), Listing("")]) == [(b"one", 3), [FileInfo("a", 3)]]
 
 
+def test_going_on_with_a_file(storage: Storage, tmp_path: Path) -> None:
+    storage.publish("shards/a", [b"0123456789"])
+    with pytest.raises(StateError) as caught:
+        storage.reopen("shards/a", nbytes=9, keep=4)
+    assert caught.value.code == "changed"
+    assert storage.fetch([Range("shards/a", 0, 10)]) == [b"0123456789"]
+    with storage.reopen("shards/a", nbytes=10, keep=4) as appender:
+        assert appender.position == 4
+        assert appender.append([b"xy"]) == 4
+        appender.sync()
+    assert storage.fetch([Prefix("shards/a", 99)]) == [(b"0123xy", 6)]
+    with open(storage.local_path("shards/a"), "rb") as file:
+        assert file.read() == b"0123xy"
+    other = open_storage("memory://going-on", writable=True)
+    for ask in (lambda: other.reopen("a", nbytes=1, keep=0), lambda: other.local_path("a")):
+        with pytest.raises(ArgumentError):
+            ask()
+
+
 def test_appending(storage: Storage) -> None:
     with storage.create("shards/a") as appender:
         assert appender.path == "shards/a"
