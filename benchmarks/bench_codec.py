@@ -1,8 +1,9 @@
 """Say how small and how fast codec and statistics are, one thread, seeded kinds of data.
 
 Warm cache, no I/O: each kind is cut into 256 KiB chunks that fit the caches together with
-nothing else. Machines differ and swing, so the columns to compare are the ratios against
-``np.copyto`` of the same bytes in the same run.
+nothing else. Everything is done with the compiled kernel, if there is one, and with NumPy.
+Machines differ and swing, so each time is given as a multiple of the time that ``np.copyto`` of
+the same bytes took just before: the median over repeats in which all take their turns.
 
     python benchmarks/bench_codec.py [--quick]
 """
@@ -10,8 +11,10 @@ nothing else. Machines differ and swing, so the columns to compare are the ratio
 from __future__ import annotations
 
 import argparse
+import statistics as averages
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,7 +22,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from tensorstore_fmt.format import codec, layout, statistics
+from tensorstore_fmt.format import codec, kernel, layout, planes, statistics
 
 Bytes = NDArray[np.uint8]
 
@@ -55,15 +58,52 @@ def kinds(nbytes: int) -> dict[str, tuple[str, NDArray[Any]]]:
     }
 
 
-def best_s(action: Callable[[], object], repeats: int) -> float:
-    """Give the time of the fastest of some runs."""
-    action()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - start)
-    return min(times)
+@contextmanager
+def using(which: kernel.Kernel | None) -> Iterator[None]:
+    """Let the package use this kernel, or NumPy if it is none."""
+    before, kernel.active = kernel.active, which
+    try:
+        yield
+    finally:
+        kernel.active = before
+
+
+def in_turns(
+    copying: Callable[[], object], actions: dict[str, Callable[[], object]], repeats: int
+) -> dict[str, float]:
+    """Give how many times slower than copying each action is, done by either implementation.
+
+    The keys are those of the actions, with ``kernel`` or ``numpy`` before them.
+    """
+    both = {"numpy": None} | ({"kernel": kernel.active} if kernel.active is not None else {})
+    ratios: dict[str, list[float]] = {}
+    for repeat in range(repeats + 1):
+        for name, which in both.items():
+            for title, action in actions.items():
+                with using(which):
+                    start = time.perf_counter()
+                    copying()
+                    between = time.perf_counter()
+                    action()
+                    end = time.perf_counter()
+                if repeat:  # the first warms up
+                    key = f"{name} {title}"
+                    ratios.setdefault(key, []).append((end - between) / (between - start))
+    return {key: averages.median(found) for key, found in ratios.items()}
+
+
+def line(name: str, left: str, found: dict[str, float], titles: list[str], right: str) -> None:
+    """Print one row: NumPy's columns, then the kernel's."""
+    cells = [found.get(f"{who} {title}") for who in ("numpy", "kernel") for title in titles]
+    text = "".join(f"{'-':>8}" if cell is None else f"{cell:8.1f}" for cell in cells)
+    print(f"{name:23}{left:>8} {text}  {right}".rstrip())
+
+
+def head(title: str, left: str, titles: list[str]) -> None:
+    """Print the two lines above a table."""
+    width = 8 * len(titles)
+    print(f"{title:23}{'':8} {'NumPy':>{width}}{'kernel':>{width}}")
+    print(f"{'':23}{left:>8} " + "".join(f"{t:>8}" for t in titles * 2))
 
 
 def copy(chunks: list[Bytes], out: Bytes) -> None:
@@ -87,34 +127,65 @@ def decode(
         codec.decode(payload, out[: len(chunk)], codec=one.codec, dtype=dtype)
 
 
-def main() -> None:
-    """Print one line for each kind of data."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="once, little data: a smoke test")
-    quick = parser.parse_args().quick
-    nbytes = 1 << 20 if quick else 8 << 20
-    repeats = 1 if quick else 5
-    print(f"{'':23}{'':9}{'GB/s':^27}{'times slower than a copy':^27}")
-    print(f"{'kind':23}{'ratio':>8} {'encode':>9}{'decode':>9}{'stats':>9}"
-          f"{'encode':>9}{'decode':>9}{'stats':>9}  codec")  # fmt: skip
+def show_codec(nbytes: int, repeats: int) -> None:
+    """Encode, decode and look at each kind of data."""
+    titles = ["encode", "decode", "stats"]
+    head("times slower than a copy", "ratio", titles)
     for kind, (dtype, array) in kinds(nbytes).items():
         flat = array.reshape(-1).view(np.uint8)
         chunks = [flat[at : at + CHUNK_NBYTES] for at in range(0, flat.nbytes, CHUNK_NBYTES)]
         encoder, hint, out = codec.Encoder(), codec.Hint(), np.empty(CHUNK_NBYTES, np.uint8)
-
         encoded = encode(encoder, chunks, dtype, hint)
         payloads = [one.to_bytes() for one in encoded]
-        copy_s = best_s(partial(copy, chunks, out), repeats)
-        encode_s = best_s(partial(encode, encoder, chunks, dtype, hint), repeats)
-        decode_s = best_s(partial(decode, payloads, encoded, chunks, dtype, out), repeats)
-        stats_s = float("nan")
+        actions: dict[str, Callable[[], object]] = {
+            "encode": partial(encode, encoder, chunks, dtype, hint),
+            "decode": partial(decode, payloads, encoded, chunks, dtype, out),
+        }
         if statistics.supports(dtype):
-            stats_s = best_s(partial(statistics.compute, array, dtype=dtype), repeats)
+            actions["stats"] = partial(statistics.compute, array, dtype=dtype)
+        found = in_turns(partial(copy, chunks, out), actions, repeats)
         ratio = flat.nbytes / sum(map(len, payloads))
         names = sorted({layout.CODEC_NAMES[one.codec] for one in encoded})
-        times = [flat.nbytes / s / 1e9 for s in (encode_s, decode_s, stats_s)]
-        times += [s / copy_s for s in (encode_s, decode_s, stats_s)]
-        print(f"{kind:23}{ratio:8.3f} " + "".join(f"{t:9.2f}" for t in times) + f"  {names}")
+        line(kind, f"{ratio:.3f}", found, titles, " ".join(names))
+
+
+def show_planes(nbytes: int, repeats: int) -> None:
+    """Cut and join alone, which is what the kernel is for; one chunk over and over."""
+    titles = ["split", "join"]
+    print()
+    head("times slower than a copy", "", titles)
+    chunk = np.random.default_rng(7).integers(0, 256, CHUNK_NBYTES, np.uint8)
+    out = np.empty_like(chunk)
+    rounds = nbytes // CHUNK_NBYTES
+    for w in (1, 2, 4, 8):
+        cut = list(np.empty((w, CHUNK_NBYTES // w), np.uint8))
+        for rotated in (False, True):
+            actions: dict[str, Callable[[], object]] = {
+                "split": partial(again, rounds, partial(planes.split, chunk, cut, rotated=rotated)),
+                "join": partial(again, rounds, partial(planes.join, cut, out, rotated=rotated)),
+            }
+            copying = partial(again, rounds, partial(np.copyto, out, chunk))
+            found = in_turns(copying, actions, repeats)
+            line(f"words of {w} bytes", "rotated" if rotated else "", found, titles, "")
+
+
+def again(rounds: int, action: Callable[[], object]) -> None:
+    """Do it several times."""
+    for _ in range(rounds):
+        action()
+
+
+def main() -> None:
+    """Print one line for each kind of data, and for each width of words."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="once, little data: a smoke test")
+    quick = parser.parse_args().quick
+    nbytes = 1 << 20 if quick else 8 << 20
+    repeats = 1 if quick else 9
+    found = kernel.describe()
+    print(f"kernel: {found['compiler'] or found['why']}\n")
+    show_codec(nbytes, repeats)
+    show_planes(nbytes, repeats)
 
 
 if __name__ == "__main__":
