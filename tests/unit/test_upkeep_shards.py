@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import crc32c
 import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
@@ -31,7 +32,7 @@ from tensorstore_fmt.errors import FormatError
 from tensorstore_fmt.format import layout
 from tensorstore_fmt.format.shard import SHARD_SCHEMA
 from tensorstore_fmt.storage import Storage, open_storage
-from tensorstore_fmt.upkeep import arrow_file, sealing, shard_check
+from tensorstore_fmt.upkeep import arrow_file, claims, sealing, shard_check, shard_file
 from tensorstore_fmt.upkeep.arrow_file import Block
 from tensorstore_fmt.upkeep.sealing import SealError, seal
 from tensorstore_fmt.upkeep.shard_child import ChildDiedError, ShardChild
@@ -565,3 +566,118 @@ def test_a_footer_that_does_not_open_is_taken_away_again(
 
 def test_blocks_know_their_end() -> None:
     assert Block(8, 16, 24).end == 48
+
+
+# --- what entries name in a shard ------------------------------------------------------------
+
+
+def checked(
+    storage: Storage, data: bytes, claimed: list[tuple[int, bytes]], **options: Any
+) -> shard_file.ShardCheck:
+    """Check a shard in which entries name these payloads at these offsets."""
+    path = Path(storage._root) / NAME.path
+    path.write_bytes(data)
+    table = np.zeros(len(claimed), claims.CLAIM)
+    for row, (offset, payload) in zip(table, claimed, strict=True):
+        row["offset"], row["nbytes"], row["raw_nbytes"] = offset, len(payload), len(payload)
+        row["crc32c"], row["count"], row["stride"] = crc32c.crc32c(payload), 1, 1
+        row["step"] = offset
+    made = claims.Claims()
+    made.series.append(("x", "uint8"))
+    made._arrays[NAME] = [table]
+    with options.pop("child", None) or ShardChild() as child:
+        check = shard_file.ShardCheck(
+            storage=storage, run_id=RUN_ID, name=NAME, nbytes=len(data), claims=made, child=child,
+            **options,
+        )  # fmt: skip
+        check.run()
+    return check
+
+
+CLAIMS = [(b.payload_at, bytes([n]) * 100) for n, b in enumerate(FRAME.batches)]
+
+
+def damage_of(check: shard_file.ShardCheck) -> set[tuple[str, tuple[int, ...]]]:
+    """Give the codes of what is damaged, with the steps (here: offsets) that it hits."""
+    return {
+        (p.code, tuple(s for _, steps in p.names for s in steps))
+        for p in check.problems
+        if p.severity == "damage"
+    }
+
+
+def test_a_whole_shard_has_no_problems(storage: Storage) -> None:
+    check = checked(storage, SEALED, CLAIMS, is_closed=True)
+    assert not check.problems
+    assert (check.chunks, check.checked_nbytes) == (3, len(SEALED))
+    assert check.unreferenced_nbytes == 0
+    fewer = checked(storage, SEALED, CLAIMS[:2], is_closed=True, flushes=[(1, 2)])
+    assert not fewer.problems
+    assert fewer.unreferenced_nbytes == 100
+    assert [row["step"] for row in fewer.found] == [1, 2]
+
+
+def test_a_footer_that_lists_other_batches_is_damage(storage: Storage) -> None:
+    places = tuple(b.place for b in FRAME.batches)
+    tail = arrow_file.patch_footer(SEALED[FRAME.end :], (places[1], places[0], places[2]))
+    assert damage_of(checked(storage, OPEN + tail, CLAIMS, is_closed=True)) == {("malformed", ())}
+
+
+def test_a_child_that_dies_of_a_batch_is_reported_and_payloads_are_still_checked(
+    storage: Storage,
+) -> None:
+    check = checked(storage, SEALED, CLAIMS, is_closed=True, child=ShardChild(timeout_s=0.0))
+    assert check.chunks == 3
+    assert damage_of(check) == {("malformed", ())}
+
+
+def test_batches_that_arrow_cannot_read_or_that_have_other_rows(storage: Storage) -> None:
+    at = batch_field(SEALED, AT[1], 0)
+    for rows in (2, 0):  # two: its columns are too short for that
+        found = damage_of(checked(storage, put(SEALED, at, "<q", rows), CLAIMS, is_closed=True))
+        assert ("malformed", ()) in found or not rows
+
+
+def test_payloads_that_lie_in_no_batch(storage: Storage) -> None:
+    """Where the frame is gone, each of them is still checked by its own checksum."""
+    junk = put(OPEN, 0, "<Q", 0)
+    check = checked(storage, junk, CLAIMS)
+    assert check.chunks == 3
+    assert damage_of(check) == {("malformed", ())}
+    bad = bytearray(junk)
+    bad[CLAIMS[1][0]] ^= 1
+    found = damage_of(checked(storage, bytes(bad), CLAIMS))
+    assert found == {("malformed", ()), ("checksum", (CLAIMS[1][0],))}
+    far = junk + bytes(3 << 20) + b"y" * 100
+    check = checked(storage, far, [*CLAIMS, (len(far) - 100, b"y" * 100)])
+    assert check.chunks == 4
+    assert ("checksum", (CLAIMS[1][0],)) not in damage_of(check)
+
+
+def test_a_chunk_that_spans_two_batches_is_checked_too(storage: Storage) -> None:
+    """No writer does that; it must not be passed over."""
+    begin = CLAIMS[1][0]
+    across = (begin, SEALED[begin : AT[2] + 16])
+    check = checked(storage, SEALED, [*CLAIMS, across], is_closed=True)
+    assert check.chunks >= 4  # what lies in it may be looked at again
+    assert not damage_of(check)
+    wrong = (begin, b"\1" * len(across[1]))
+    assert ("checksum", (begin,)) in damage_of(
+        checked(storage, SEALED, [*CLAIMS, wrong], is_closed=True)
+    )
+
+
+class HalfChild(ShardChild):
+    """A child that says half of an answer and ends."""
+
+    def _start(self) -> None:
+        answer = shard_check.FRAME.pack(10, 0) + b"half"
+        code = f"import sys; sys.stdout.buffer.write({answer!r})"
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+
+
+def test_half_an_answer_is_none() -> None:
+    with HalfChild() as child, pytest.raises(ChildDiedError):
+        child.footer(FRAME, b"")
