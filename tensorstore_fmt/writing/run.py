@@ -6,6 +6,7 @@ import atexit
 import concurrent.futures.thread  # noqa: F401 - its end of all pools is registered before ours
 import os
 import secrets
+import threading
 import time
 import warnings
 import weakref
@@ -480,4 +481,4 @@ def _close_all() -> None:
 
 # Pools of threads end before what `atexit` calls, and the event loop of object stores needs one to
 # look up hosts: every request would fail then. What is registered last here is called first.
-threading._register_atexit(_close_all)  # type: ignore[attr-defined]  # noqa: SLF001 - no public way
+threading._register_atexit(_close_all)  # type: ignore[attr-defined] # no public way

@@ -86,7 +86,7 @@ def check_race(proxy: S3Proxy, key: str, said: list[dict[str, Any]], first: int)
 
 @pytest.mark.parametrize("kind", ["new", "resumed"])
 def test_processes_race_for_one_run(proxy: S3Proxy, kind: str) -> None:
-    count = trials(15 if kind == "new" else 5)
+    count = trials(10 if kind == "new" else 5)
     keys = [new_key("race") for _ in range(count)]
     resume_from = None if kind == "new" else 2
     if kind == "resumed":
