@@ -438,9 +438,10 @@ static PyObject *run(PyObject *words, PyObject *cut, PyObject *flag, int joins) 
     int fits = w > 0 && whole.len % w == 0;
     for (int i = 0; i < w; i++) {
         planes[i] = views[i].buf;
-        fits = fits && views[i].len == whole.len / w;
+        const Py_ssize_t n = fits ? whole.len / w : 0;
+        fits = fits && (views[i].len == n || (joins && views[i].len == 1));
         fits = fits && (!joins || (views[i].ndim == 1 && views[i].itemsize == 1));
-        strides[i] = fits && joins ? views[i].strides[0] : 1;
+        strides[i] = !fits || !joins ? 1 : views[i].len == n ? views[i].strides[0] : 0;
     }
     if (fits) {
         const size_t n = (size_t)(whole.len / w);

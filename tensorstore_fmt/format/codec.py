@@ -547,13 +547,10 @@ def _decode_planes(data: _Bytes, out: _Bytes, w: int, span: tuple[int, int]) -> 
         if length not in (1, n):
             _check_frame(run, n)
         runs.append(run)
-    cut = [
-        run if len(run) == n else np.broadcast_to(run, n) if len(run) == 1 else _decompress(run, n)
-        for run in runs
-    ]
+    cut = [run if len(run) in (1, n) else _decompress(run, n) for run in runs]
     first, last = span[0] // w, -(-span[1] // w)
     planes.join(
-        cut if last - first == n else [plane[first:last] for plane in cut],
+        cut if last - first == n else [p if len(p) == 1 else p[first:last] for p in cut],
         out[first * w : last * w],
         rotated=bool(flags & layout.PLANES_ROTATED),
     )

@@ -97,7 +97,8 @@ def join(planes: Sequence[Bytes], out: Bytes, *, rotated: bool) -> None:
     Parameters
     ----------
     planes
-        w buffers (w is 1, 2, 4 or 8) of n bytes each; any stride, also 0. Not changed.
+        w buffers (w is 1, 2, 4 or 8) of n bytes each, any stride, or of one byte that stands
+        for n. Not changed.
     out
         Room for n words of w bytes, contiguous, overwritten; no plane may overlap it.
     rotated
@@ -111,6 +112,7 @@ def join(planes: Sequence[Bytes], out: Bytes, *, rotated: bool) -> None:
         np.copyto(out, planes[0])
         return
     words = out.view(_WORDS[w])
+    planes = [np.broadcast_to(p, len(words)) if len(p) == 1 else p for p in planes]
     per_block = BLOCK_NBYTES // w
     for start in range(0, len(words), per_block):
         block = words[start : start + per_block]

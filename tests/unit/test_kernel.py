@@ -54,10 +54,14 @@ def test_cut_and_joined(w: int, n: int, implementation: str) -> None:
 
 def test_a_plane_of_one_byte_repeated(implementation: str) -> None:
     out = zeros(40_000)
-    constant = np.broadcast_to(np.uint8(7), 10_000)
-    planes.join([constant, zeros(10_000), constant, zeros(10_000)], out, rotated=False)
-    assert implementation
-    assert (out.reshape(-1, 4) == (7, 0, 7, 0)).all()
+    for constant in (np.broadcast_to(np.uint8(7), 10_000), np.full(1, 7, np.uint8)):
+        out[:] = 1
+        planes.join([constant, zeros(10_000), constant, zeros(1)], out, rotated=False)
+        assert (out.reshape(-1, 4) == (7, 0, 7, 0)).all(), implementation
+    single = np.full(1, 7, np.uint8)
+    for n in (1, 0):
+        planes.join([single, zeros(n)], out[: 2 * n], rotated=True)
+    assert out[:4].tolist() == [0x03, 0x80, 7, 0]
 
 
 def test_any_buffer_will_do() -> None:
@@ -82,6 +86,7 @@ def test_any_buffer_will_do() -> None:
         (16, [(4,), (4,), (4,), (5,)]),
         (17, [(4,), (4,), (4,), (4,)]),
         (0, [(4,), (4,)]),
+        (16, [(2,), (2,)]),
         (16, [(0,), (0,)]),
     ],
 )
