@@ -38,10 +38,11 @@ TESTS: Final = (
     "unit/test_codec.py",
     "unit/test_commit_*.py",
     "unit/test_format_*.py",
+    "unit/test_kernel.py",
     "unit/test_reading_opening.py",
     "unit/test_statistics.py",
     "unit/test_upkeep_*.py",
-    "unit/test_writing_storing.py",
+    "unit/test_writing_*.py",
     "robustness/test_hostile_cases.py",
     "robustness/test_upkeep_*.py",
 )

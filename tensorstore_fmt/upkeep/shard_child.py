@@ -144,9 +144,9 @@ class ShardChild:
             return None
         process.kill()
         for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):  # what was not written yet
-                    pipe.close()
+            assert pipe is not None
+            with contextlib.suppress(OSError):  # what was not written yet
+                pipe.close()
         return process.wait()
 
     def close(self) -> None:
