@@ -12,6 +12,8 @@ from tensorstore_fmt.errors import FormatError
 from tensorstore_fmt.format import codec, layout, planes
 from tensorstore_fmt.format.strings import pack_strings, unpack_strings
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 FIXED = [name for name in dtypes.NAMES if name != dtypes.STRING]
 ENCODERS: dict[str, codec.Encoder] = {}
 

@@ -16,6 +16,8 @@ from tensorstore_fmt.errors import ArgumentError, FormatError, LimitError, Unsup
 from tensorstore_fmt.format import codec, layout, planes
 from tensorstore_fmt.format.strings import pack_strings, unpack_strings
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 CHUNK = 256 * 1024
 
 

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -354,6 +355,42 @@ def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def run_hook(version: str) -> tuple[dict[str, Any], list[str], bool]:
+    """Do what an install does; give what it tells hatchling, and whether files were as told."""
+    said: list[str] = []
+
+    class Hook(builder().KernelBuildHook):
+        app = SimpleNamespace(display_warning=said.append)
+
+        def __init__(self) -> None:
+            """Needs nothing of hatchling, which is not installed here."""
+
+    hook = Hook()
+    data: dict[str, Any] = {"force_include": {}}
+    hook.initialize(version, data)
+    were_there = all(Path(path).is_file() for path in data["force_include"])
+    hook.finalize()
+    return data, said, were_there and not any(map(os.path.exists, data["force_include"]))
+
+
+def test_a_wheel_holds_the_kernel() -> None:
+    compiled()  # skips where there is no compiler
+    data, said, is_right = run_hook("standard")
+    assert said == []
+    assert is_right
+    assert list(data["force_include"].values()) == ["tensorstore_fmt/format/_kernel.abi3.so"]
+    assert data["tag"].startswith("cp311-abi3-")
+    assert data["pure_python"] is False
+
+
+def test_a_wheel_without_a_compiler_is_pure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "/bin/false")
+    data, said, _ = run_hook("standard")
+    assert data == {"force_include": {}}
+    assert len(said) == 1
+    assert "NumPy does its work" in said[0]
+
+
 def test_a_kernel_in_use_is_replaced(tmp_path: Path) -> None:
     compiled()  # skips where there is no compiler
     module = builder()
@@ -378,7 +415,7 @@ def test_sanitizers_find_nothing(tmp_path: Path) -> None:
         pytest.skip(f"no sanitizers here: {str(error).splitlines()[-1]}")
     runtime = sanitizer_runtime()
     here = Path(__file__).resolve()
-    properties = here.parent.parent / "property" / "test_kernel_property.py"
+    properties = here.parent.parent / "property"
     environment = os.environ | {
         GIVEN: str(path),
         "LD_PRELOAD": runtime,
@@ -391,7 +428,8 @@ def test_sanitizers_find_nothing(tmp_path: Path) -> None:
         [
             sys.executable, "-m", "pytest", "-n0", "-q", "-s", "-p", "no:cacheprovider",
             f"--basetemp={tmp_path / 'inner'}", "-k", "not numpy",
-            str(here), str(properties), str(here.parent / "test_statistics.py"),
+            str(here), str(here.parent / "test_statistics.py"),
+            str(properties / "test_kernel_property.py"), str(properties / "test_codec_property.py"),
         ],
         cwd=ROOT,
         env=environment,
