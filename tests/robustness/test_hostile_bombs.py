@@ -301,4 +301,3 @@ def test_bombs_stay_small() -> None:
     assert own["self_rss_mib"] < 400
     for case in cases:
         assert case["status"] == 0, f"{case}: {done.stderr[-3000:]}"
-        assert case["seconds"] < 60, case

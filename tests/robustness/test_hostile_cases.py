@@ -356,6 +356,5 @@ def test_hostile_runs_give_values_or_typed_errors() -> None:
     record("H1-H4", report["cases"], wrong=len(report["failures"]), **facts)
     assert report["cases"] >= 300
     assert not report["failures"], "\n".join(report["failures"][:20])
-    assert report["slowest"][0] < 30
     assert report["is_limited"]
     assert report["grew_mib"] < LIMIT_MIB // 2

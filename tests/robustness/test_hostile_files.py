@@ -7,7 +7,6 @@ import itertools
 import os
 import socket
 import threading
-import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -79,10 +78,8 @@ def test_nothing_but_regular_files_inside_is_read(
     if replace is not _folder_link:
         target.unlink(missing_ok=True)
     replace(target, outside)
-    begin = time.monotonic()
     with warnings.catch_warnings(action="ignore"):
         codes = _codes(folder)
-    assert time.monotonic() - begin < 10
     if place == "index.bundle":
         assert not codes
     elif place == "index" and replace is _folder:

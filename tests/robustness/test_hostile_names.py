@@ -13,7 +13,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -272,16 +271,14 @@ def test_command_line_shows_any_time_and_any_attributes(
 
 
 def test_patterns_on_many_long_names_are_quick(tmp_path: Path) -> None:
-    """`fnmatch` makes regular expressions that do not backtrack for long."""
+    """`fnmatch` makes regular expressions that do not backtrack; others would take for ever."""
     builder = RunBuilder(tmp_path / "run")
     names = [f"{'a' * 1000}{i:06d}" for i in range(2000)]
     builder.writer().flush(
         *(Put(name=n, value=np.float32(1), inline=True) for n in names), closed=True, through=9
     )
     run = tsf.open_run(builder.url)
-    begin = time.process_time()
     for pattern in ("*a" * 40 + "b", "*" * 500, "[a-z]" * 300, "*[!a]*[!a]*[!a]*x", "(a+)+$"):
-        run.names(pattern)
+        assert not run.names(pattern) or pattern.strip("*") == ""
     with pytest.raises(tsf.NameNotFoundError):
         run["a" * 1000]
-    assert time.process_time() - begin < 30  # it would be hours
