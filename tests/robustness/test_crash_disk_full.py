@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import random
+import resource
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,6 +88,42 @@ def check(place: str | Path, report: tsf.CloseReport) -> int:
     assert set(states) <= {"here", "dropped"}
     assert states.count("dropped") == report.dropped
     return states.count("dropped")
+
+
+def under_limit(place: str) -> None:
+    """Train while the system itself refuses files above 50 kB, in the middle of a write."""
+
+    def limit(step: int) -> None:
+        if step in (10, 40):
+            nbytes = 50_000 if step == 10 else resource.RLIM_INFINITY
+            resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, resource.RLIM_INFINITY))
+
+    report, safe = train(place, lambda operation: None, limit)
+    sys.stdout.write(f"{report.dropped} {safe}\n")
+
+
+def test_the_system_refuses_to_write_for_a_while(tmp_path: Path) -> None:
+    program = f"import {Path(__file__).stem} as here, sys; here.under_limit(sys.argv[1])"
+    folders = [str(Path(__file__).parent), *filter(None, sys.path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program, str(tmp_path / "run")],
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    dropped, safe = map(int, done.stdout.split())
+    with tsf.open_run(tmp_path / "run") as run:
+        assert run.is_closed
+        states = [run.state("w", step) for step in range(STEPS)]
+        for step in run["w"].steps.tolist():
+            assert run["w"].read(step=step).tobytes() == value(step).tobytes()
+        assert run["loss"].read().tolist() == [float(step) for step in range(STEPS)]
+    record("C5 file size limit", 1, dropped=dropped, safe=safe, wrong=0)
+    assert states.count("dropped") == dropped
+    assert dropped == 30
+    assert safe == STEPS
 
 
 def test_a_disk_is_full_for_a_while(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 from support.crash_scripts import derived
+from support.crash_scripts import warm_up as warm_up  # the fork server calls it
 
 from tensorstore_fmt.errors import ClosedError
 from tensorstore_fmt.testing.forks import Channel
