@@ -16,7 +16,7 @@ import tensorstore_fmt as tsf
 from tensorstore_fmt.storage import open_storage
 from tensorstore_fmt.testing.storage import FaultyStorage, Operation
 from tensorstore_fmt.testing.writers import create_test_run
-from tensorstore_fmt.writing import closing, committer
+from tensorstore_fmt.writing import closing, committer, segments
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # what `log` warns of
 
@@ -218,6 +218,34 @@ def test_segments_are_merged_and_deleted_while_the_run_goes_on(tmp_path: Path) -
     reader = tsf.open_run(tmp_path / "run")
     assert reader["loss"].read().tolist() == list(map(float, range(70)))
     run.close()
+
+
+def test_covered_segments_go_after_their_grace_time(tmp_path: Path) -> None:
+    run = create_test_run(tmp_path / "run", grace_s=0.1)
+    log_flushes(run, range(8))
+    wait_for(lambda: len(index_of(tmp_path / "run")) < 4)
+    run.close()
+    reader = tsf.open_run(tmp_path / "run")
+    assert reader["loss"].read().tolist() == list(map(float, range(8)))
+
+
+def test_segments_that_are_large_together_stay_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segments, "_LARGEST_NBYTES", 12_000)  # a few of these
+    texts = [np.random.default_rng(step).bytes(1000).hex() for step in range(20)]
+    noise = [{f"t{k}": text[k : k + 200] for k in range(0, 2000, 200)} for text in texts]
+    run = create_test_run(tmp_path / "run")
+    for step, logged in enumerate(noise):
+        run.log({"loss": float(step), **logged}, step=step)
+        assert run.flush()
+    assert len(index_of(tmp_path / "run")) == 21  # each is too large to be one of eight
+    run.close()
+    assert 3 < len(index_of(tmp_path / "run")) < 15
+    reader = tsf.open_run(tmp_path / "run")
+    for step, logged in enumerate(noise):
+        assert {name: str(reader[name].read(step=step)) for name in logged} == logged
+    assert reader["loss"].read().tolist() == list(map(float, range(20)))
 
 
 def test_merging_from_an_object_store_reads_small_segments_at_once(tmp_path: Path) -> None:
