@@ -15,6 +15,7 @@ from collections import deque
 from typing import Any, Final
 
 import numpy as np
+import pyarrow as pa
 from support.concurrent_scripts import warm_up
 
 import tensorstore_fmt as tsf
@@ -66,6 +67,8 @@ def write_steadily(channel: Channel, url: str, seconds: float) -> dict[str, Any]
         late_us.append((time.perf_counter() - middle) * 1e6)
         queued = max(queued, run._intake._generation.raw_nbytes)
         if step % STEPS_PER_S == 0:
+            ctypes.CDLL(None).malloc_trim(0)  # what allocators keep of freed memory is not ours
+            pa.default_memory_pool().release_unused()
             channel.send(("health", (time.monotonic() - begin, *health(), queued)))
             queued = 0
         time.sleep(max(0.0, begin + (step + 1) / STEPS_PER_S - time.monotonic()))
