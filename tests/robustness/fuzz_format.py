@@ -412,7 +412,7 @@ def texts(rng: random.Random, _: list[Files]) -> Work:
 
 TARGETS: Final[dict[str, tuple[int, Callable[[random.Random, list[Files]], Work]]]] = {
     "header": (2, header), "root": (2, root), "columns": (6, columns), "rows": (2, rows),
-    "arrow": (5, arrow), "frame": (2, frame), "bundle": (1, bundle), "run.json": (2, runjson),
+    "arrow": (5, arrow), "frame": (2, frame), "bundle": (2, bundle), "run.json": (2, runjson),
     "payload": (60, payload), "texts": (20, texts),
 }  # fmt: skip
 """Of each how many of a hundred inputs; those of payloads take microseconds."""
