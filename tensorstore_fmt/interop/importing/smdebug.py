@@ -96,7 +96,7 @@ def import_smdebug(
     )
     try:
         found = scan(folder, report)
-        report.workers = found.workers
+        report.workers = [worker for worker in found.workers if worker in found.steps]
         report.is_finished = found.is_finished
         report.missing_workers = max(found.num_workers - len(found.workers), 0)
         if report.missing_workers:
@@ -106,7 +106,7 @@ def import_smdebug(
             **(attrs or {}),
             "imported": {"kind": "smdebug", "source": folder.describe()},
             "smdebug": {
-                "workers": found.workers,
+                "workers": report.workers,
                 "num_workers": found.num_workers,
                 "missing_workers": report.missing_workers,
                 "is_finished": found.is_finished,
@@ -116,7 +116,7 @@ def import_smdebug(
             run,
             storage_options=storage_options,
             attrs=of_run,
-            num_workers=max(len(found.workers), 1),
+            num_workers=max(len(report.workers), 1),
             report=report,
         ) as target:
             _Import(folder, found, report, target, progress).run()
@@ -146,8 +146,8 @@ class _Import:
 
     def run(self) -> None:
         """Bring everything over."""
-        for number, worker in enumerate(self._found.workers or ["worker_0"]):
-            self._target.begin(number)
+        for number, worker in enumerate(self._report.workers or ["worker_0"]):
+            self._target.begin(number)  # also if nothing was saved: an empty run is one, too
             _Worker(self._folder, worker, self._found, self._report, self._target).run(self._tell)
 
     def _tell(self, path: str) -> None:

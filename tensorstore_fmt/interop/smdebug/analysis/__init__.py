@@ -1,0 +1,1 @@
+"""Help for analysis, under the names that smdebug's scripts import."""

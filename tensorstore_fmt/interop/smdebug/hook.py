@@ -1,0 +1,349 @@
+"""Hook: saving from a training script that was written for smdebug.
+
+It counts steps and saves what it is handed. It does not attach to modules: scripts that call
+``register_module`` use ``tensorstore_fmt.hooks.torch``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Final, Literal, Self
+
+from tensorstore_fmt import dtypes
+from tensorstore_fmt.errors import StateError, TensorStoreError
+from tensorstore_fmt.interop.importing.smdebug_names import (
+    COLLECTIONS_NAME,
+    reduction_name,
+    shape_name,
+)
+from tensorstore_fmt.interop.smdebug.collections import Collection, CollectionKeys, built_in
+from tensorstore_fmt.interop.smdebug.configs import ReductionConfig, SaveConfig, reduce
+from tensorstore_fmt.interop.smdebug.exceptions import SMDebugValueError
+from tensorstore_fmt.interop.smdebug.mode_keys import ModeKeys, name_of
+from tensorstore_fmt.writing.convert import check_name, snapshot
+from tensorstore_fmt.writing.report import CloseReport
+from tensorstore_fmt.writing.run import create_run
+
+__all__ = ["Hook", "get_hook"]
+
+_SCALARS: Final = "scalar/"
+
+# What values, devices and storages may raise; training must not learn of it.
+_FAILURES: Final = (
+    TensorStoreError, OSError, RuntimeError, TypeError, ValueError, ArithmeticError, MemoryError,
+)  # fmt: skip
+
+
+class Hook:
+    """Saves tensors and scalars at the step at which it is handed them.
+
+    A step begins with `step`, or with the first value after `set_mode`; all of it becomes visible
+    at once, when the next one begins or the hook is closed. Nothing but wrong arguments of the
+    hook itself raises: what cannot be saved is left out with a warning.
+
+    Parameters
+    ----------
+    out_dir
+        Where to make the run; any URL.
+    dry_run
+        Save nothing.
+    reduction_config, save_config
+        In what form and when to save, where a collection says nothing itself.
+    include_regex, include_collections, save_all
+        Which collections also count for tensors whose names they fit.
+    include_workers
+        ``"one"``: only rank 0 saves. ``"all"``: every rank.
+    worker, num_workers
+        Rank and number of ranks; None: as torch.distributed says, if it is in use.
+    attrs, storage_options, resume_from
+        As in `create_run`.
+    export_tensorboard, tensorboard_dir
+        Taken, and not carried out; a warning says so.
+    """
+
+    def __init__(  # noqa: PLR0917 - smdebug's signature
+        self,
+        out_dir: str | os.PathLike[str],
+        export_tensorboard: bool = False,  # noqa: FBT001, FBT002 - smdebug's signature
+        tensorboard_dir: str | None = None,  # noqa: ARG002 - the same
+        dry_run: bool = False,  # noqa: FBT001, FBT002 - the same
+        reduction_config: ReductionConfig | None = None,
+        save_config: SaveConfig | Mapping[Any, Any] | None = None,
+        include_regex: str | Sequence[str] | None = None,
+        include_collections: Sequence[str] | None = None,
+        save_all: bool = False,  # noqa: FBT001, FBT002 - the same
+        include_workers: Literal["one", "all"] = "one",
+        *,
+        worker: int | None = None,
+        num_workers: int | None = None,
+        attrs: Mapping[str, object] | None = None,
+        storage_options: Mapping[str, object] | None = None,
+        resume_from: int | None = None,
+    ) -> None:
+        if include_workers not in ("one", "all"):
+            raise SMDebugValueError(f"include_workers is {include_workers!r}; it is 'one' or 'all'")
+        if export_tensorboard:
+            warnings.warn("export_tensorboard is not carried out", stacklevel=2)
+        self.out_dir = os.fspath(out_dir)
+        self.save_config = SaveConfig.parse(save_config)
+        self.reduction_config = reduction_config
+        self.mode = ModeKeys.GLOBAL
+        self._global_step = -1
+        self._mode_steps: dict[ModeKeys, int] = {}
+        self._is_in_step = False
+        self._values: dict[str, object] = {}
+        self._warned: set[str] = set()
+        self._collections = built_in()
+        self._saved_collections = ""
+        self._included = {CollectionKeys.LOSSES}
+        self._include(include_regex, include_collections or (), save_all=save_all)
+        rank, ranks = _ranks(worker, num_workers)
+        is_writing = not dry_run and (include_workers == "all" or rank == 0)
+        self._run = None
+        if is_writing:
+            self._run = create_run(
+                out_dir,
+                attrs=attrs,
+                worker=rank if include_workers == "all" else 0,
+                num_workers=ranks if include_workers == "all" else 1,
+                storage_options=storage_options,
+                resume_from=resume_from,
+            )
+        if resume_from is not None:
+            self._global_step = resume_from - 1
+        _open_hooks.add(self)
+        global _latest  # noqa: PLW0603 - smdebug's hook is a singleton
+        _latest = weakref.ref(self)
+
+    def _include(
+        self, regex: str | Sequence[str] | None, names: Sequence[str], *, save_all: bool
+    ) -> None:
+        """Let collections count for all names that they fit."""
+        for name in names:
+            self._collection(name)
+        self._included |= set(names)
+        if regex is not None:
+            self._collections[CollectionKeys.DEFAULT].include(regex)
+            self._included.add(CollectionKeys.DEFAULT)
+        if save_all:
+            self._included.add(CollectionKeys.ALL)
+
+    # --- steps --------------------------------------------------------------------
+    @property
+    def step_num(self) -> int:
+        """Global number of the present step; −1 before the first."""
+        return self._global_step
+
+    @property
+    def mode_step(self) -> int:
+        """Number of the present step within its mode; −1 before the first."""
+        return self._mode_steps.get(self.mode, -1)
+
+    def step(self) -> int:
+        """Begin the next step, end the one before, and give its global number."""
+        self._end_step()
+        self._global_step += 1
+        self._mode_steps[self.mode] = self._mode_steps.get(self.mode, -1) + 1
+        self._is_in_step = True
+        return self._global_step
+
+    def set_mode(self, mode: ModeKeys) -> None:
+        """Go over to a mode; the step before ends, if the mode is another."""
+        if not isinstance(mode, ModeKeys):
+            raise SMDebugValueError(f"{mode!r} is no mode; use modes.TRAIN, EVAL or PREDICT")
+        if mode is not self.mode:
+            self._end_step()
+            self.mode = mode
+
+    def _end_step(self) -> None:
+        if self._is_in_step and self._values and self._run is not None:
+            values = self._values
+            text = json.dumps({n: c.to_json_dict() for n, c in self._collections.items()})
+            if text != self._saved_collections:
+                values = {**values, COLLECTIONS_NAME: text}
+            mode = name_of(self.mode)
+            now = time.time_ns() // 1000
+            try:
+                count = self._mode_steps[self.mode]
+                self._run.stamp(self._global_step, mode, mode_step=count, wall_time_us=now)
+                self._run.log(values, step=self._global_step, mode=mode)
+                self._saved_collections = text
+            except _FAILURES as error:
+                self._warn(f"step {self._global_step}", error)
+        self._values = {}
+        self._is_in_step = False
+
+    # --- saving -------------------------------------------------------------------
+    def save_scalar(
+        self,
+        name: str,
+        value: object,
+        sm_metric: bool = False,  # noqa: FBT001, FBT002 - smdebug's signature
+        timestamp: float | None = None,  # noqa: ARG002 - the step has one
+    ) -> None:
+        """Save a number at the present step, whatever the save config; as ``scalar/NAME``."""
+        try:
+            array = snapshot(name, value).array
+            if array.size != 1:
+                raise SMDebugValueError(f"{name!r} has {array.size} elements; a scalar has one")
+            self._put(_SCALARS + name, array.reshape(()))
+            if sm_metric:
+                self._collection(CollectionKeys.SM_METRICS).add_tensor_name(_SCALARS + name)
+        except _FAILURES as error:
+            self._warn(name, error)
+
+    def save_tensor(
+        self,
+        tensor_name: str,
+        tensor_value: object,
+        collections_to_write: str | Iterable[str] = CollectionKeys.DEFAULT,
+    ) -> None:
+        """Save a tensor at the present step, if one of its collections is due at it.
+
+        Parameters
+        ----------
+        tensor_value
+            Anything that `RunWriter.log` takes; copied at once.
+        collections_to_write
+            Collections it belongs to; made, if there are none of these names.
+        """
+        try:
+            named = collections_to_write
+            for name in [named] if isinstance(named, str) else named:
+                self._collection(name).add_tensor_name(tensor_name)
+            if not self._is_in_step:
+                self.step()
+            due = [c for c in self._of(tensor_name) if self._is_due(c)]
+            if due and self._run is not None:
+                self._reduce(check_name(tensor_name), tensor_value, due)
+        except _FAILURES as error:
+            self._warn(tensor_name, error)
+
+    def record_tensor_value(self, tensor_name: str, tensor_value: object) -> None:
+        """Save a tensor at the present step, as `save_tensor`."""
+        self.save_tensor(tensor_name, tensor_value)
+
+    def _of(self, tensor: str) -> list[Collection]:
+        return [
+            collection
+            for name, collection in self._collections.items()
+            if tensor in collection.tensor_names
+            or (name in self._included and collection.has_tensor(tensor))
+        ]
+
+    def _is_due(self, collection: Collection) -> bool:
+        save = self.save_config
+        if collection.save_config is not None:
+            # On a copy: what the user gave stays as it is.
+            save = SaveConfig.from_dict(collection.save_config.to_json_dict())
+            save.merge_default_save_config(self.save_config)
+        return save.should_save_step(self.mode, self._mode_steps[self.mode])
+
+    def _reduce(self, name: str, value: object, due: Sequence[Collection]) -> None:
+        shot = snapshot(name, value)
+        array = shot.array
+        forms = [c.reduction_config or self.reduction_config for c in due]
+        if any(f is None or f.save_raw_tensor or not (f.wanted or f.save_shape) for f in forms):
+            self._put(name, array)
+        for form in filter(None, forms):
+            if form.save_shape:
+                self._put(shape_name(name), list(array.shape))
+            if shot.dtype == dtypes.STRING or array.size == 0:
+                continue
+            for reduction, is_abs in form.wanted:
+                reduced = reduce(array, reduction, is_abs=is_abs)
+                self._put(reduction_name(reduction, name, is_abs=is_abs), reduced)
+
+    def _put(self, name: str, value: object) -> None:
+        check_name(name)
+        if not self._is_in_step:
+            self.step()
+        self._values[name] = value
+
+    def _warn(self, what: str, error: BaseException) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
+            warnings.warn(f"{what} was not saved: {error}", RuntimeWarning, stacklevel=3)
+
+    # --- collections --------------------------------------------------------------
+    def _collection(self, name: str) -> Collection:
+        return self._collections.setdefault(name, Collection(name))
+
+    def add_collection(self, collection: Collection) -> None:
+        """Add a collection, and let it count for names that it fits."""
+        if not isinstance(collection, Collection):
+            raise SMDebugValueError(f"{collection!r} is no Collection")
+        self._collections[collection.name] = collection
+        self._included.add(collection.name)
+
+    def get_collection(self, name: str) -> Collection:
+        """Give a collection; a new one, if there is none of this name."""
+        return self._collection(name)
+
+    def get_collections(self) -> dict[str, Collection]:
+        """Give all collections, by name."""
+        return dict(self._collections)
+
+    # --- modules ------------------------------------------------------------------
+    def register_module(self, module: object) -> None:
+        """Refuse: this hook does not attach to modules."""
+        raise StateError(
+            f"this hook takes no {type(module).__name__}: attach tensorstore_fmt.hooks.torch to "
+            "it, and use save_tensor and save_scalar here",
+            code="no_modules",
+        )
+
+    register_loss = register_module
+    register_hook = register_module
+
+    # --- closing ------------------------------------------------------------------
+    def close(self) -> CloseReport | None:
+        """End the present step and close the run; more than once is fine."""
+        self._end_step()
+        _open_hooks.discard(self)
+        return None if self._run is None else self._run.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _ranks(worker: int | None, num_workers: int | None) -> tuple[int, int]:
+    distributed: Any = sys.modules.get("torch.distributed")  # who has not imported it has no ranks
+    is_used = distributed is not None and distributed.is_available()
+    if worker is None and is_used and distributed.is_initialized():
+        return int(distributed.get_rank()), int(distributed.get_world_size())
+    return worker or 0, num_workers or (worker or 0) + 1
+
+
+_open_hooks: weakref.WeakSet[Hook] = weakref.WeakSet()
+_latest: weakref.ref[Hook] | None = None
+
+
+def get_hook() -> Hook | None:
+    """Give the hook that was made last; None if there is none any more."""
+    return None if _latest is None else _latest()
+
+
+def _close_all() -> None:
+    for hook in list(_open_hooks):
+        hook.close()
+
+
+# Writers close themselves before what `atexit` calls; what is registered after theirs, before them.
+threading._register_atexit(_close_all)  # type: ignore[attr-defined] # no public way
