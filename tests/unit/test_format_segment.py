@@ -161,6 +161,19 @@ def test_headers_say_what_was_found(data: bytes) -> None:
         assert caught.value.code == ("bad_magic" if at < 8 else "checksum")
 
 
+def test_a_header_promises_nothing_unless_told() -> None:
+    key = layout.WriterKey(worker=0, attempt=0, writer=1)
+    numbers = dict.fromkeys(
+        ("resume_step", "first_flush", "last_flush", "opened_us", "published_us"), 0
+    )
+    header = segment.Header(run_id=RUN_ID, key=key, num_workers=1, **numbers)
+    assert header.complete_through == (-1, -1, -1, -1)
+    made = b"".join(segment.encode(header, [], [], []))
+    again = header_of(made, nbytes=len(made))
+    assert again.complete_through == (-1, -1, -1, -1)
+    assert (again.is_closed, again.recovers, again.required, again.series) == (False, 0, 0, 0)
+
+
 def test_a_copy_of_header_and_root_that_is_cut_short(data: bytes) -> None:
     header = header_of(data)
     need = HEADER + header.root_nbytes
