@@ -15,8 +15,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+from support import crash_scripts
 from support.crash_scripts import derived
-from support.crash_scripts import warm_up as warm_up  # the fork server calls it
 
 from tensorstore_fmt.errors import ClosedError
 from tensorstore_fmt.testing.forks import Channel
@@ -25,6 +25,7 @@ from tensorstore_fmt.writing import run as writing_run
 from tensorstore_fmt.writing.run import RunWriter, create_run
 
 MODULE = __name__
+warm_up = crash_scripts.warm_up  # for the fork server
 FOREVER = 10**9
 
 
