@@ -219,9 +219,8 @@ def _join_inline(
     data = np.empty(int(offsets[-1]), np.uint8)
     usual = np.ones(len(first), np.bool_)
     usual[special] = False
-    picked = Ragged(np.stack([begin[usual], end[usual]], 1).ravel(), old.values)
-    keep = np.repeat(usual, lengths)
-    data[keep] = _gather(picked)
+    picked = old.ranges(begin[usual], end[usual])
+    data[np.repeat(usual, lengths) if len(special) else slice(None)] = picked
     for i, chunk in chunks.items():
         data[offsets[i] : offsets[i + 1]] = np.frombuffer(chunk, np.uint8)
     changed = np.flatnonzero(values)
@@ -236,20 +235,6 @@ def _join_inline(
         len(changed),
     )
     return Ragged(offsets, data)
-
-
-def _gather(pairs: Ragged) -> np.ndarray:
-    """Give the bytes between (begin, end) pairs, which stand interleaved in the offsets."""
-    begins, ends = pairs.offsets[::2], pairs.offsets[1::2]
-    lengths = ends - begins
-    total = int(lengths.sum())
-    if total == 0:
-        return pairs.values[:0]
-    targets = np.cumsum(lengths) - lengths
-    index = np.repeat(begins - targets, lengths)
-    index += np.arange(total)
-    result: np.ndarray = pairs.values[index]
-    return result
 
 
 def _join_special(entries: Entries, first: int, end: int, elements: int | None) -> bytes:

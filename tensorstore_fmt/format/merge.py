@@ -22,6 +22,7 @@ from tensorstore_fmt.format.segment import Head
 __all__ = ["MergeInput", "Merged", "merge", "unify"]
 
 _WINDOW_ROWS: Final = 32_768
+_WINDOW_NBYTES: Final = 4 * 1024 * 1024  # as memory; a merge holds a few times as much
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,14 +99,15 @@ def merge(inputs: Sequence[MergeInput]) -> Merged:
     ]
     pages: list[StoredPage] = []
     waiting: list[Entries] = []
-    waiting_rows = 0
+    waiting_rows = waiting_nbytes = 0
     for entries in _windows(streams, len(series)):
         joined = join_entries(entries, series, alone)
         waiting.append(joined)
         waiting_rows += len(joined)
-        if waiting_rows >= layout.TARGET_PAGE_ROWS:
+        waiting_nbytes += len(joined.inline.values)
+        if waiting_rows >= layout.TARGET_PAGE_ROWS or waiting_nbytes >= _WINDOW_NBYTES:
             pages += page.encode_entries(Entries.concat(waiting))
-            waiting, waiting_rows = [], 0
+            waiting, waiting_rows, waiting_nbytes = [], 0, 0
     pages += page.encode_entries(Entries.concat(waiting))
     return Merged(series, shards, pages)
 
@@ -168,15 +170,16 @@ class _Stream:
         self._held = entries.slice(cut, len(entries))
         return entries.slice(0, cut)
 
-    def rows_below(self, stop: int) -> int:
-        """Give how many entries `take_before` would have to hold at once, at most."""
+    def share_below(self, stop: int) -> float:
+        """Give what share of a window `take_before` would fill, at most."""
         root = self._source.head.root
-        pages = self._pages[self._at :]
-        held = int(np.searchsorted(self._held.rows["series"], stop))
-        if not pages:
-            return held
-        is_needed = self._series_map[root["first_series"][pages]] < stop
-        return held + int(root["rows"][pages][is_needed].sum())
+        rows = int(np.searchsorted(self._held.rows["series"], stop))
+        nbytes = int(self._held.inline.offsets[rows])
+        if pages := self._pages[self._at :]:
+            needed = root[pages][self._series_map[root["first_series"][pages]] < stop]
+            rows += int(needed["rows"].sum())
+            nbytes += int(needed["raw_nbytes"].sum())
+        return max(rows / _WINDOW_ROWS, nbytes / _WINDOW_NBYTES)
 
     def _decode(self, number: int) -> Entries:
         entries = self._source.head.decode_entries(number, self._source.read_page(number))
@@ -223,6 +226,6 @@ def _windows(streams: Sequence[_Stream], n_series: int) -> Iterator[Entries]:
         if not nexts:
             return
         stop, step = min(nexts) + 1, 1
-        while stop < n_series and sum(s.rows_below(stop + step) for s in streams) < _WINDOW_ROWS:
+        while stop < n_series and sum(s.share_below(stop + step) for s in streams) < 1:
             stop, step = min(stop + step, n_series), step * 2
         yield Entries.concat([e for s in streams if len(e := s.take_before(stop))])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Final, Self
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +13,8 @@ import pyarrow as pa
 from tensorstore_fmt.format import columns
 
 __all__ = ["Ragged"]
+
+_MOST_INDEXED: Final = 64 * 1024  # values gathered through an index, which takes 16 B for each
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +112,13 @@ class Ragged:
         np.cumsum(lengths, out=offsets[1:])
         if offsets[-1] == 0:
             return Ragged(offsets, self.values[:0])
-        index = np.repeat(self.offsets[:-1][rows] - offsets[:-1], lengths)
-        index += np.arange(offsets[-1])
-        return Ragged(offsets, self.values[index])
+        begins = self.offsets[:-1][rows]
+        return Ragged(offsets, _gather(self.values, begins, lengths, int(offsets[-1])))
+
+    def ranges(self, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """Give the values of ranges of `values` behind each other."""
+        lengths = ends - begins
+        return _gather(self.values, begins, lengths, int(lengths.sum()))
 
     def slice(self, start: int, stop: int) -> Ragged:
         """Give rows start … stop − 1; the values are not copied."""
@@ -130,3 +136,15 @@ class Ragged:
             + [p.offsets[1:] + shift for p, shift in zip(parts, shifts, strict=False)]
         )
         return Ragged(offsets, np.concatenate([p.values for p in parts]))
+
+
+def _gather(values: np.ndarray, begins: np.ndarray, lengths: np.ndarray, total: int) -> np.ndarray:
+    """Give ranges of `values` behind each other."""
+    if total > _MOST_INDEXED * values.itemsize and total > 64 * len(begins):
+        # Long rows: a slice for each costs less than an index of each value.
+        ranges = zip(begins.tolist(), (begins + lengths).tolist(), strict=True)
+        return np.concatenate([values[begin:end] for begin, end in ranges])
+    index = np.repeat(begins - (np.cumsum(lengths) - lengths), lengths)
+    index += np.arange(total)
+    result: np.ndarray = values[index]
+    return result
