@@ -70,6 +70,12 @@ def write(url: Any, steps: int = 10, **values: Any) -> Any:
     return url
 
 
+def invoke_all(rule: Rule) -> None:
+    """Invoke a rule until the run ends."""
+    with pytest.raises(NoMoreData):
+        invoke_rule(rule)
+
+
 def gradient(step: int) -> np.ndarray:
     return np.full((3, 4), 0.1 if step < 12 else 20.0, np.float32)
 
@@ -83,7 +89,8 @@ def test_a_documented_rule_fires_where_it_should() -> None:
     assert rule.seen == [0, 2, 4, 6, 8, 10, 12]
     assert rule.report["RuleTriggered"] == 1
     quiet = CustomGradientRule(create_trial(url), threshold=100)
-    invoke_rule(quiet, raise_eval_cond=True)
+    with pytest.raises(NoMoreData):
+        invoke_rule(quiet, raise_eval_cond=True)
     assert quiet.seen == list(range(0, 20, 2))
     assert quiet.report["RuleTriggered"] == 0
 
@@ -91,7 +98,7 @@ def test_a_documented_rule_fires_where_it_should() -> None:
 def test_it_goes_on_behind_what_fired() -> None:
     url = write("memory://rules/goes-on", **{"gradient/w": gradient})
     rule = CustomGradientRule(create_trial(url))
-    invoke_rule(rule)
+    invoke_all(rule)
     assert rule.seen == list(range(0, 20, 2))
     assert rule.report["Violations"] == 4
     part = CustomGradientRule(create_trial(url))
@@ -103,7 +110,7 @@ def test_an_imported_run(tmp_path: Path) -> None:
     import_smdebug(DATA / "torch", tmp_path / "run")
     trial = create_trial(tmp_path / "run")
     rule = CustomGradientRule(trial, threshold=0.05)
-    invoke_rule(rule)
+    invoke_all(rule)
     assert rule.seen == trial.steps()
     fires = {
         step
@@ -149,7 +156,7 @@ def test_a_tensor_that_is_missing_at_some_steps() -> None:
     )
     with pytest.raises(TensorUnavailableForStep):
         rule.invoke(1)
-    invoke_rule(rule)
+    invoke_all(rule)
     assert seen == [0, 3]
 
 
@@ -192,7 +199,7 @@ def test_required_tensors_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None
     def look(rule: Rule, step: int) -> bool:
         return all(t.value(step).max() > 1e9 for t in rule.req_tensors.get() for _ in range(3))
 
-    invoke_rule(Each(create_trial(url), look, needs))
+    invoke_all(Each(create_trial(url), look, needs))
     assert reads == [2, 2, 2]
 
 
@@ -269,7 +276,7 @@ def test_following_a_live_run(tmp_path: Path) -> None:
 
     fired: list[int] = []
     rule = Each(create_trial(tmp_path / "run"), look, actions=[lambda _r, step: fired.append(step)])
-    invoke_rule(rule)
+    invoke_all(rule)
     thread.join()
     assert seen == list(range(20))
     assert fired == [15, 16, 17, 18, 19]

@@ -56,7 +56,9 @@ def test_names(imported: Trial) -> None:
     assert not [name for name in names if "reductions" in name or name.startswith("smdebug")]
     biases = ["Net_conv1.bias", "Net_fc.bias", "gradient/Net_conv1.bias", "gradient/Net_fc.bias"]
     assert imported.tensor_names(regex=".*bias") == biases
-    assert imported.tensor_names(regex=["Net_fc", "labels"]) == [
+    assert imported.tensor_names(regex="^(?!gradient).*bias") == biases[:2]
+    assert imported.tensor_names(regex="bias$") == biases
+    assert imported.tensor_names(regex=["^Net_fc", "labels"]) == [
         "Net_fc.bias", "Net_fc.weight", "labels"]  # fmt: skip
     of_eval = imported.tensor_names(step=0, mode=modes.EVAL)
     assert len(of_eval) == 17
@@ -132,6 +134,12 @@ def test_what_is_not_there(imported: Trial) -> None:
     with pytest.raises(ex.TensorUnavailableForStep) as missing:
         imported.tensor("gradient/Net_fc.weight").value(0, mode=modes.EVAL)
     assert not missing.value.has_reductions
+    with pytest.raises(ex.TensorUnavailableForStep):
+        weight.workers(1)
+    with pytest.raises(ex.StepUnavailable):
+        weight.reduction_values(1)
+    with pytest.raises(ex.TensorUnavailableForStep):
+        imported.tensor("gradient/Net_fc.weight").shape(6)
     with pytest.raises(ex.InvalidWorker):
         weight.value(0, worker="worker_9")
     with pytest.raises(ex.StepUnavailable):
@@ -174,10 +182,23 @@ def test_only_the_shape(core: Trial) -> None:
     assert only.steps() == [0, 1, 2, 3]
     with pytest.raises(ex.TensorUnavailableForStep):
         only.value(1)
+
+
+def test_only_reductions() -> None:
+    with tsf.create_run("memory://only-reductions") as run:
+        run.log({"reductions/abs_max/w": 3.0, "x": 1.0}, step=0)
+    trial = create_trial("memory://only-reductions")
+    assert trial.tensor_names() == ["w", "x"]
+    assert trial.tensor("w").reduction_value(0, "max", abs=True) == 3
     with pytest.raises(ex.ShapeUnavailableForStep):
-        create = core.tensor("conv1/weight:0")
-        create.name = "nothing"
-        create.shape(1)
+        trial.tensor("w").shape(0)
+    for call in (
+        trial.tensor("w").value,
+        lambda step: trial.tensor("w").reduction_value(step, "l1"),
+    ):
+        with pytest.raises(ex.TensorUnavailableForStep) as caught:
+            call(0)
+        assert caught.value.has_reductions
 
 
 # --- runs of our own -----------------------------------------------------------------------

@@ -269,7 +269,9 @@ class View:
     def complete_through(self, mode: int, worker: int | None = None) -> int:
         """Give the last step up to which all of a mode is there; −1 for none.
 
-        Of one worker, or of all. A run that is closed is complete through every step.
+        Of one worker, or of all. A run that is closed is complete through every step. While
+        flushes of a writer that goes on are missing, only what came before them counts: a store
+        may list them later.
         """
         by_worker = self.newest_writers
         if worker is not None:
@@ -278,11 +280,29 @@ class View:
             return -1
         return min(
             max(
-                (_ALL if w.is_closed else w.header.complete_through[mode] for w in writers),
+                (_ALL if w.is_closed else self._through(w)[mode] for w in writers),
                 default=-1,
             )
             for writers in by_worker.values()
         )
+
+    def _through(self, writer: Writer) -> tuple[int, int, int, int]:
+        """Give through which steps a writer that goes on is complete, by mode."""
+        gaps = [
+            int(str(problem.facts["first"]))
+            for problem in self.damage
+            if problem.code == "missing_segment" and problem.facts.get("writer") == str(writer.key)
+        ]
+        if not gaps:
+            return writer.header.complete_through
+        before = [
+            segment.head.header
+            for segment in self.segments
+            if segment.name.key == writer.key and segment.name.last < min(gaps)
+        ]
+        if not before:
+            return (-1, -1, -1, -1)
+        return max(before, key=lambda header: header.last_flush).complete_through
 
     def missing(
         self, *, step: int | None = None, worker: int | None = None, attempt: int | None = None

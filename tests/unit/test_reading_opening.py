@@ -441,3 +441,22 @@ def test_closing_the_reader(build: RunBuilder) -> None:
         t = run["x"]
     with pytest.raises(ClosedError):
         t.read()
+
+
+def test_what_comes_after_missing_flushes_is_not_complete(build: RunBuilder) -> None:
+    """A store that lists a flush late must not make a follower skip its steps."""
+    w = build.writer()
+    paths = [
+        build.root / w.flush(put(step), step_row(step), through=step).path for step in range(4)
+    ]
+    late = paths[1].read_bytes()
+    paths[1].unlink()
+    with pytest.warns(RuntimeWarning, match="missing"):
+        run = open_run(build.url)
+    given = run.follow(poll_s=0.01, timeout_s=0.2)
+    assert next(given) == 0
+    assert run.complete_steps().tolist() == [0]
+    assert not run.is_complete(2)
+    paths[1].write_bytes(late)
+    assert [next(given) for _ in range(3)] == [1, 2, 3]
+    assert run.is_complete(3)

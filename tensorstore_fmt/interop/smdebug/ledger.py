@@ -63,6 +63,8 @@ class Ledger:
         self.steps, count = np.unique(pairs[:, 0], return_counts=True)
         """All steps that any worker has written, ascending."""
         self.last_complete = self._last_complete(count, num_workers, window)
+        self.complete: _I64 = self.steps[self.steps <= self.last_complete]
+        """Those that are complete."""
         self._by_mode: dict[ModeKeys, tuple[_I64, _I64]] = {}
 
     def _last_complete(self, count: _I64, num_workers: int, window: int) -> int:
@@ -76,11 +78,6 @@ class Ledger:
         if len(waiting) > window:
             last = int(waiting[len(waiting) // 2 - 1])
         return last
-
-    @property
-    def complete(self) -> _I64:
-        """Steps that are complete, ascending."""
-        return self.steps[self.steps <= self.last_complete]
 
     @property
     def modes(self) -> list[ModeKeys]:

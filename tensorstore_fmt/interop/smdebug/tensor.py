@@ -83,18 +83,16 @@ class Tensor:
 
         Raises
         ------
-        StepUnavailable, StepNotYetAvailable, TensorUnavailableForStep
-            It was not saved then.
+        StepNotYetAvailable, TensorUnavailableForStep
+            It was not saved then, or not yet.
         """
-        step = self._global_step(step_num, mode)
+        step = self._step_with_it(step_num, mode)
         found = {
             worker
             for part in self.trial.parts_of(self.name)
             for worker in part.workers
             if step in part.select(worker=worker).steps
         }
-        if not found:
-            raise TensorUnavailableForStep(self.name, step_num, mode)
         return [self.trial.worker_name(worker) for worker in sorted(found)]
 
     # --- values -----------------------------------------------------------------
@@ -148,8 +146,7 @@ class Tensor:
 
     def _shaped(self, value: Any, index: Any = ()) -> NDArray[Any]:  # noqa: ANN401 - or a str
         array = np.asarray(value, object) if isinstance(value, str) else np.array(value)
-        is_scalar = self.name.startswith(_SCALARS) and array.ndim == 0 and index == ()
-        return array.reshape(1) if is_scalar else array
+        return array.reshape(self._shape_of_value(array.shape)) if index == () else array
 
     def _read(self, name: str, step: int, mode: ModeKeys, worker: int | None, index: Any) -> Any:  # noqa: ANN401 - an array or a str
         """Read from the run; of several workers, the first."""
@@ -205,17 +202,20 @@ class Tensor:
 
         Raises
         ------
-        StepUnavailable, StepNotYetAvailable, ShapeUnavailableForStep
-            It is not known.
+        StepUnavailable, StepNotYetAvailable, TensorUnavailableForStep
+            It was not saved then, or not yet.
+        ShapeUnavailableForStep
+            Neither values nor the shape were.
         """
         step = self._global_step(step_num, mode)
+        self._step_with_it(step_num, mode)
         number = None if worker is None else self.trial.worker_number(worker)
         raw = self._raw()
         if raw is not None:
             chosen = raw.select(mode=name_of(mode), worker=number)
             for each in (chosen, *(chosen.select(worker=w) for w in raw.workers)):
                 try:
-                    return each.shape_at(step)
+                    return self._shape_of_value(each.shape_at(step))
                 except (AmbiguousError, NotThereError):
                     continue
         if shape_name(self.name) in self.trial.run:
@@ -226,6 +226,9 @@ class Tensor:
             else:
                 return tuple(int(n) for n in kept)
         raise ShapeUnavailableForStep(self.name, step_num, mode)
+
+    def _shape_of_value(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (1,) if shape == () and self.name.startswith(_SCALARS) else shape
 
     def _raw(self) -> RunTensor | None:
         run = self.trial.run
@@ -308,8 +311,15 @@ class Tensor:
     def reduction_values(
         self, step_num: int, mode: ModeKeys = ModeKeys.GLOBAL, worker: str | None = None
     ) -> dict[tuple[str, bool], Any]:
-        """Give all reductions that were saved at a step, by (name, whether of absolute values)."""
+        """Give all reductions that were saved at a step, by (name, whether of absolute values).
+
+        Raises
+        ------
+        StepUnavailable, StepNotYetAvailable, TensorUnavailableForStep
+            Nothing of it was saved then, or not yet.
+        """
         step = self._global_step(step_num, mode)
+        self._step_with_it(step_num, mode)
         number = None if worker is None else self.trial.worker_number(worker)
         found = {}
         for name in REDUCTIONS:
@@ -320,6 +330,16 @@ class Tensor:
         return found
 
     # --- the rest ---------------------------------------------------------------
+    def _step_with_it(self, step_num: int, mode: ModeKeys) -> int:
+        """Give the global step of a step at which anything of the tensor was saved."""
+        try:
+            step = self._global_step(step_num, mode)
+        except StepUnavailable:
+            step = -1
+        if step < 0 or not self.trial.was_saved(self.name, step):
+            raise TensorUnavailableForStep(self.name, step_num, mode)
+        return step
+
     def _global_step(self, step_num: int, mode: ModeKeys) -> int:
         state = self.trial.has_passed_step(step_num, mode)
         if state is StepState.NOT_YET_AVAILABLE:

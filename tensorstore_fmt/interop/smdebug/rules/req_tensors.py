@@ -99,9 +99,8 @@ class RequiredTensors:
             items = []
             for name, needed in wanted.items():
                 trial.tensor(name)  # raises, if there is none
-                here = set(trial.steps_of(name).tolist())
                 for step in needed:
-                    if step not in here:
+                    if not trial.was_saved(name, step):
                         raise TensorUnavailableForStep(name, step, ModeKeys.GLOBAL)
                     items.append((name, step))
             trial.keep(items)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 
 from tensorstore_fmt.interop.smdebug.exceptions import (
-    NoMoreData,
     RuleEvaluationConditionMet,
     StepNotYetAvailable,
     StepUnavailable,
@@ -36,19 +35,19 @@ def invoke_rule(
 
     Raises
     ------
+    NoMoreData
+        The run has ended, which is how this ends without `end_step`; scripts expect it.
     RuleEvaluationConditionMet
         It has fired, if asked for.
     """
     trial = rule_obj.base_trial
     step = start_step
     while end_step is None or step < end_step:
-        try:
-            step = trial.next_step(step)
-            if end_step is not None and step >= end_step:
-                break
-            rule_obj.invoke(step)
-        except NoMoreData:
+        step = trial.next_step(step)
+        if end_step is not None and step >= end_step:
             break
+        try:
+            rule_obj.invoke(step)
         except (
             StepUnavailable,
             StepNotYetAvailable,

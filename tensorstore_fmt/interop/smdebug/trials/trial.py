@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from tensorstore_fmt.errors import AmbiguousError, ArgumentError, NotARunError
+from tensorstore_fmt.errors import AmbiguousError, ArgumentError, NotARunError, NotThereError
 from tensorstore_fmt.interop.importing.smdebug_names import (
     COLLECTIONS_NAME,
     reduction_of,
@@ -77,6 +77,8 @@ class Trial:
         self._frozen = 0
         self._ledger: Ledger | None = None
         self._parts: dict[str, list[str]] | None = None
+        self._steps: dict[str, NDArray[np.int64]] = {}  # by name, of anything; of values
+        self._values: dict[str, NDArray[np.int64]] = {}
         self._kept: dict[tuple[str, int], Any] = {}
         self._session, self.run = _open(path, storage_options, timeout_s)
         self._poll_s = _POLL_S if self._session.storage.is_local else _REMOTE_POLL_S
@@ -144,6 +146,8 @@ class Trial:
         if self.run.refresh() or (self._ledger is not None and self._is_news()):
             self._ledger = None
             self._parts = None
+            self._steps = {}
+            self._values = {}
 
     def _is_news(self) -> bool:
         return self._ledger is not None and self._ledger.has_ended != self.run.is_closed
@@ -183,9 +187,27 @@ class Trial:
 
     def steps_of(self, name: str) -> NDArray[np.int64]:
         """Give the global steps at which anything of a tensor was saved."""
-        parts = [self._saved(part) for part in self.parts_of(name)]
-        steps: NDArray[np.int64] = np.unique(np.concatenate([np.empty(0, np.int64), *parts]))
-        return steps
+        found = self._steps.get(name)
+        if found is None:
+            parts = [self._saved(part) for part in self.parts_of(name)]
+            found = parts[0] if len(parts) == 1 else np.empty(0, np.int64)
+            if len(parts) > 1:
+                found = np.unique(np.concatenate(parts))
+            self._steps[name] = found
+        return found
+
+    def _raw_steps(self, name: str) -> NDArray[np.int64]:
+        """Give the global steps at which values of a tensor were saved."""
+        found = self._values.get(name)
+        if found is None:
+            is_there = name in self.run and self.run[name].has_data
+            found = self.run[name].steps if is_there else np.empty(0, np.int64)
+            self._values[name] = found
+        return found
+
+    def was_saved(self, name: str, step: int) -> bool:
+        """Say whether anything of a tensor was saved at a global step."""
+        return _has(self.steps_of(name), step)
 
     @staticmethod
     def _saved(tensor: RunTensor) -> NDArray[np.int64]:
@@ -196,7 +218,7 @@ class Trial:
             for mode in tensor.modes
             for worker in tensor.select(mode=mode).workers
         ]
-        return np.concatenate(found)
+        return np.unique(np.concatenate(found))
 
     def has_reductions(self, name: str, step: int) -> bool:
         """Say whether reductions of a tensor were saved at a step."""
@@ -221,7 +243,7 @@ class Trial:
             Only those of which anything was saved at this step; or, with a mode alone, at any
             step of it.
         regex
-            Only those that a pattern (or one of several) fits, as `re.match` does.
+            Only those that a pattern (or one of several) fits, as `re.search` does.
         collection
             Only those of a collection, or of the collection of this name.
 
@@ -236,7 +258,7 @@ class Trial:
         names: Iterable[str] = self._names
         if regex is not None:
             patterns = [regex] if isinstance(regex, str) else list(regex)
-            names = [name for name in names if any(re.match(p, name) for p in patterns)]
+            names = [name for name in names if any(re.search(p, name) for p in patterns)]
         if collection is not None:
             chosen = self._chosen(collection)
             names = [name for name in names if chosen is not None and chosen.has_tensor(name)]
@@ -368,7 +390,12 @@ class Trial:
         return self.mode(global_step), self.ledger.mode_step_of(global_step)
 
     def global_step(self, mode: ModeKeys, mode_step: int) -> int | None:
-        """Give the global step of a step of a mode; None if there is no such step."""
+        """Give the global step of a step of a mode; None if there is no such step.
+
+        Of `modes.GLOBAL` it is the step itself.
+        """
+        if mode is ModeKeys.GLOBAL:
+            return mode_step
         self.maybe_refresh()
         return self.ledger.global_step(mode_step, mode)
 
@@ -412,7 +439,7 @@ class Trial:
     def _gone(self, step: int, mode: ModeKeys) -> StepUnavailable | NoMoreData:
         numbers, _ = self.ledger.of_mode(mode)
         last = int(numbers[-1]) if len(numbers) else -1
-        if self.ledger.has_ended and step > last:
+        if self.ledger.has_ended and (step > last or not len(numbers)):
             return NoMoreData(step, mode, last)
         return StepUnavailable(step, mode)
 
@@ -443,11 +470,12 @@ class Trial:
 
         What several workers or modes saved is not read ahead.
         """
-        here = [(n, s) for n, s in dict.fromkeys(items) if n in self.run and self.run[n].has_data]
-        here = [(name, step) for name, step in here if step in self.run[name].steps]
+        here = [
+            (name, step) for name, step in dict.fromkeys(items) if _has(self._raw_steps(name), step)
+        ]
         try:
             values = self.run.read([(name, step, ()) for name, step in here])
-        except AmbiguousError:
+        except (AmbiguousError, NotThereError):
             return
         self._kept.update(zip(here, values, strict=True))
 
@@ -471,6 +499,11 @@ class Trial:
 
 def _mapping(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
+
+
+def _has(steps: NDArray[np.int64], step: int) -> bool:
+    at = int(steps.searchsorted(step))
+    return at < len(steps) and int(steps[at]) == step
 
 
 def _collection(name: str, params: Mapping[str, Any]) -> Collection:
