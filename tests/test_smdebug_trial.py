@@ -170,6 +170,7 @@ def test_workers_of_an_imported_run(core: Trial) -> None:
     # Without a worker it is the first.
     assert np.array_equal(weight.value(2), weight.value(2, worker="worker_0"))
     assert weight.workers(2) == ["worker_0", "worker_1"]
+    assert core.tensor("tokens").value(0).dtype.kind == "U"
     assert core.tensor("tokens").value(0).tolist() == expected["step0/worker_0/tokens"].tolist()
     # smdebug cuts ":0" off the name of a reduction, and never finds its tensor again.
     assert ("mean", True) in weight.reduction_values(2)
@@ -257,6 +258,13 @@ def test_reductions_of_the_torch_hook() -> None:
     assert tensor.reduction_value(0, "mean") == 0.5
     assert tensor.reduction_value(0, "variance") == 2
     assert tensor.reduction_value(0, "max", abs=True) == 7
+
+
+def test_reductions_do_not_overflow() -> None:
+    small = np.array([-128, 127, 5], np.int8)
+    assert reduce(small, "max", is_abs=True) == reduce(small, "min", is_abs=True) + 123 == 128
+    assert reduce(small, "l1") == 260
+    assert reduce(np.array([65535, 65534], np.uint16), "l2") == np.hypot(65535, 65534)
 
 
 def test_bfloat16_and_booleans() -> None:

@@ -26,14 +26,17 @@ def reduce(value: NDArray[Any], name: str, *, is_abs: bool = False) -> Any:  # n
     ``l1`` is the sum of absolute values, ``l2`` the root of the sum of squares, whatever the
     rank. Floats of less than 32 bits are computed in float32, booleans as 0 and 1.
     """
-    if value.dtype.kind in "bV" or (value.dtype.kind == "f" and value.dtype.itemsize < 4):
+    kind, is_small = value.dtype.kind, value.dtype.itemsize < 4
+    if kind in "bV" or (kind == "f" and is_small):
         value = value.astype(np.float32)
+    elif kind == "i":  # the absolute value of the least one does not fit its type
+        value = value.astype(np.int64)
     if is_abs or name in _NORMS:
         value = np.abs(value)
     if name == "l1":
         return np.sum(value)
     if name == "l2":
-        return np.sqrt(np.sum(np.square(value)))
+        return np.sqrt(np.sum(np.square(value.astype(np.float64) if kind in "iu" else value)))
     if name == "variance":
         return np.var(value)
     if name not in REDUCTIONS:

@@ -118,7 +118,7 @@ class Tensor:
         -------
         ndarray
             The caller's own. Scalars (``scalar/…``) have the shape (1,), as in smdebug; strings
-            are arrays of `object`.
+            are arrays of `numpy.str_`.
 
         Raises
         ------
@@ -145,7 +145,9 @@ class Tensor:
         return self._shaped(kept, index)
 
     def _shaped(self, value: Any, index: Any = ()) -> NDArray[Any]:  # noqa: ANN401 - or a str
-        array = np.asarray(value, object) if isinstance(value, str) else np.array(value)
+        array = np.array(value)
+        if array.dtype == object:
+            array = array.astype(np.str_)
         return array.reshape(self._shape_of_value(array.shape)) if index == () else array
 
     def _read(self, name: str, step: int, mode: ModeKeys, worker: int | None, index: Any) -> Any:  # noqa: ANN401 - an array or a str
