@@ -71,6 +71,7 @@ class Committer:
         self._synced = -1
         self._wanted_synced = -1
         self._is_stopping = False
+        self._lossy = 0  # the last generation that lost tensors to a failure
         self._is_tainted = False
         self._failed_syncs = 0
         self._uncollected: list[Generation] = []
@@ -93,7 +94,8 @@ class Committer:
         """Wait for the attempt to commit a generation; say whether it is safe now."""
         with self._changed:
             self._changed.wait_for(lambda: self._attempted >= number)
-            return self._committed >= number and (not durable or self._synced >= number)
+            is_whole = self._committed >= number > self._lossy
+            return is_whole and (not durable or self._synced >= number)
 
     def close(self) -> None:
         """Commit all that is left, durably, and mark the writer as closed."""
@@ -163,6 +165,8 @@ class Committer:
         # What an earlier flush could not publish, or had nothing to: the range covers it.
         while self._uncollected:
             entries, dropped = self._collect(self._uncollected[0])
+            if dropped > len(self._uncollected[0].dropped):  # more than there was no room for
+                self._lossy = generation.number
             self._carried.append((self._uncollected.pop(0).number, entries))
             self.dropped += dropped
         if not is_last and not any(part for _, part in self._carried):

@@ -367,8 +367,9 @@ class RunWriter:
         -------
         bool
             False if the storage failed (with ``on_error="warn"``). What could not be published
-            is tried again with the next flush. After a failed sync, `durable` flushes stay
-            False if something visible may be lost at a power cut.
+            is tried again with the next flush; what could not be stored is recorded as dropped.
+            After a failed sync, `durable` flushes stay False if something visible may be lost
+            at a power cut.
 
         Raises
         ------

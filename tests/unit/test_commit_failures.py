@@ -134,6 +134,7 @@ def test_payloads_that_cannot_be_written_are_dropped_alone(tmp_path: Path) -> No
         deadline.wait(0.01)
     trouble.is_on = False
     run.log({"w": WEIGHT, "loss": 2.0}, step=1)
+    assert not run.flush()  # something of it was lost
     assert run.flush()
     report = run.close()
     assert report.dropped == 1
