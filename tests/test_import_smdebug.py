@@ -339,6 +339,50 @@ def test_hostile_tensors(tmp_path: Path) -> None:
     assert [name for name in run.names() if "/" not in name] == ["good"]
 
 
+def test_random_damage_never_raises(tmp_path: Path) -> None:
+    """Whatever the bytes of any of the files are: a report, and a run that is in order."""
+    rng = np.random.default_rng(0)
+    for case in range(60):
+        source = tmp_path / str(case)
+        shutil.copytree(DATA / "core", source)
+        files = sorted(f for f in source.rglob("*") if f.is_file() and f.stat().st_size)
+        for path in rng.choice(np.array(files, object), 3):
+            data = bytearray(path.read_bytes())
+            at, length = int(rng.integers(len(data))), int(rng.integers(1, 20))
+            noise = rng.integers(0, 256, length, np.uint8).tobytes()
+            match rng.integers(3):
+                case 0:
+                    data[at : at + length] = noise
+                case 1:
+                    data[at:at] = noise
+                case _:
+                    del data[at:]
+            path.write_bytes(data)
+        url = f"memory://random-damage/{case}"
+        report = import_smdebug(source, url)
+        assert report.damage_count == len([s for s in report.skipped if s.is_damage])
+        assert case % 20 or tsf.verify(url).ok  # it takes a process of its own
+        assert len(tsf.open_run(url).names()) > 1
+        shutil.rmtree(source)
+
+
+def test_a_storage_that_fails_is_no_damage(source: Path, tmp_path: Path) -> None:
+    """It raises, and the run that was begun says that it is not complete."""
+    done: list[str] = []
+
+    def stop(_done: int, _total: int, path: str) -> None:
+        done.append(path)
+        if len(done) == 2:
+            raise OSError("the network is gone")
+
+    with pytest.raises(OSError, match="network") as caught:
+        import_smdebug(source, tmp_path / "run", progress=stop)
+    assert "delete it" in caught.value.__notes__[0]
+    kept = tsf.open_run(tmp_path / "run")["import/report"]
+    said = json.loads(kept.read(step=int(kept.steps[-1])))
+    assert (said["ok"], said["skipped"][-1]["code"]) == (False, "aborted")
+
+
 # --- the rest ------------------------------------------------------------------------------
 def test_what_is_no_run_of_smdebug(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()

@@ -321,3 +321,44 @@ def test_torch_tensors() -> None:
     trial = trial_of("memory://hook/torch")
     assert trial.tensor("x").value(0).tolist() == [1, 1, 1]
     assert trial.tensor("scalar/loss").value(0).tolist() == [0.5]
+
+
+def test_a_configuration_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = {
+        "LocalPath": str(tmp_path / "run"),
+        "HookParameters": {"save_interval": "4", "eval.save_interval": "1", "save_all": "false"},
+        "CollectionConfigurations": [
+            {
+                "CollectionName": "relu",
+                "CollectionParameters": {
+                    "include_regex": "relu_.*,act",
+                    "save_steps": "1, 3",
+                    "reductions": "max",
+                },
+            },
+            {"CollectionName": "weights"},
+        ],
+    }
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(document))
+    monkeypatch.setenv("SMDEBUG_CONFIG_FILE_PATH", str(path))
+    with smd.Hook.create_from_json_file() as hook:
+        for mode in (modes.TRAIN, modes.EVAL):
+            hook.set_mode(mode)
+            for step in range(6):
+                hook.step()
+                for name in ("relu_1", "fc.weight", "other"):
+                    hook.save_tensor(name, np.array([1.0, step]), collections_to_write=[])
+    trial = trial_of(tmp_path / "run")
+    assert trial.tensor_names() == ["fc.weight", "relu_1"]
+    assert trial.tensor("fc.weight").steps(mode=modes.TRAIN) == [0, 4]
+    assert trial.tensor("fc.weight").steps(mode=modes.EVAL) == [0, 1, 2, 3, 4, 5]
+    assert trial.tensor("relu_1").steps(mode=modes.TRAIN) == [0, 1, 3]  # and each 500th
+    assert trial.tensor("relu_1").reduction_values(3) == {("max", False): 3}
+    for text in ("{", "[]", "{}", '{"LocalPath": "x", "HookParameters": {"save_interval": "a"}}'):
+        path.write_text(text)
+        with pytest.raises(SMDebugValueError):
+            smd.Hook.create_from_json_file(str(path))
+    monkeypatch.delenv("SMDEBUG_CONFIG_FILE_PATH")
+    with pytest.raises(SMDebugValueError):
+        smd.Hook.create_from_json_file()

@@ -17,6 +17,7 @@ from tensorstore_fmt.interop.smdebug import Collection, create_trial, modes
 from tensorstore_fmt.interop.smdebug import exceptions as ex
 from tensorstore_fmt.interop.smdebug.configs import reduce
 from tensorstore_fmt.interop.smdebug.trials import Trial
+from tensorstore_fmt.testing.servers import S3Server
 
 DATA = Path(__file__).parent / "data" / "smdebug"
 
@@ -310,3 +311,20 @@ def test_damage_is_no_absence(tmp_path: Path) -> None:
     shard.write_bytes(data)
     with pytest.raises(tsf.FormatError):
         create_trial(tmp_path / "run").tensor("x").value(0)
+
+
+def test_a_bucket_is_listed_once(s3: S3Server) -> None:
+    """smdebug listed all files of the run before each value; here nothing is listed after that."""
+    url, options = s3.url("smdebug-trial"), s3.storage_options
+    names = [f"t{i}" for i in range(20)]
+    with tsf.create_run(url, storage_options=options, compression="none") as run:
+        for step in range(3):
+            run.log({name: np.full((64, 64), step, np.float32) for name in names}, step=step)
+    trial = create_trial(url, storage_options=options)
+    assert trial.steps() == [0, 1, 2]
+    before = len(s3.requests())
+    for name in names:
+        assert (trial.tensor(name).value(2) == 2).all()
+    asked = s3.requests()[before:]
+    assert not [request for request in asked if "list-type" in request]
+    assert len(asked) <= len(names) + 2

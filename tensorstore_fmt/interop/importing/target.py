@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from typing import Any, Final, Self, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from tensorstore_fmt.errors import NotARunError, RunExistsError
+from tensorstore_fmt.errors import NotARunError, RunExistsError, TensorStoreError
 from tensorstore_fmt.format import layout
 from tensorstore_fmt.interop.importing.report import ImportReport
 from tensorstore_fmt.reading.run import open_run
@@ -163,8 +164,9 @@ class Target:
         if error is None:
             self.finish()
         elif self._writer is not None:
-            self._batch = {}
-            self._writer.close()
+            self._report.skip("", None, "aborted", f"the import ended here: {error!r:.500}")
+            with contextlib.suppress(TensorStoreError):  # what went wrong first is what counts
+                self.finish()
             error.add_note("the run that was begun is not complete: delete it before trying again")
 
 

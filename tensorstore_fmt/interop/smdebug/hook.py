@@ -27,6 +27,7 @@ from tensorstore_fmt.interop.importing.smdebug_names import (
 from tensorstore_fmt.interop.smdebug.collections import Collection, CollectionKeys, built_in
 from tensorstore_fmt.interop.smdebug.configs import ReductionConfig, SaveConfig, reduce
 from tensorstore_fmt.interop.smdebug.exceptions import SMDebugValueError
+from tensorstore_fmt.interop.smdebug.hook_json import read_configuration
 from tensorstore_fmt.interop.smdebug.mode_keys import ModeKeys, name_of
 from tensorstore_fmt.writing.convert import check_name, snapshot
 from tensorstore_fmt.writing.report import CloseReport
@@ -102,7 +103,7 @@ class Hook:
         self._values: dict[str, object] = {}
         self._warned: set[str] = set()
         self._collections = built_in()
-        self._saved_collections = ""
+        self._saved_collections: object = None
         self._included = {CollectionKeys.LOSSES}
         self._include(include_regex, include_collections or (), save_all=save_all)
         rank, ranks = _ranks(worker, num_workers)
@@ -166,20 +167,34 @@ class Hook:
     def _end_step(self) -> None:
         if self._is_in_step and self._values and self._run is not None:
             values = self._values
-            text = json.dumps({n: c.to_json_dict() for n, c in self._collections.items()})
-            if text != self._saved_collections:
-                values = {**values, COLLECTIONS_NAME: text}
+            state = self._state_of_collections()
+            if state != self._saved_collections:
+                held = {name: c.to_json_dict() for name, c in self._collections.items()}
+                values = {**values, COLLECTIONS_NAME: json.dumps(held)}
             mode = name_of(self.mode)
             now = time.time_ns() // 1000
             try:
                 count = self._mode_steps[self.mode]
                 self._run.stamp(self._global_step, mode, mode_step=count, wall_time_us=now)
                 self._run.log(values, step=self._global_step, mode=mode)
-                self._saved_collections = text
+                self._saved_collections = state
             except _FAILURES as error:
                 self._warn(f"step {self._global_step}", error)
         self._values = {}
         self._is_in_step = False
+
+    def _state_of_collections(self) -> object:
+        """Give what is equal as long as no collection changes; names are only ever added."""
+        return tuple(
+            (
+                name,
+                len(c.tensor_names),
+                len(c.include_regex),
+                id(c.save_config),
+                id(c.reduction_config),
+            )
+            for name, c in self._collections.items()
+        )
 
     # --- saving -------------------------------------------------------------------
     def save_scalar(
@@ -240,12 +255,11 @@ class Hook:
         ]
 
     def _is_due(self, collection: Collection) -> bool:
-        save = self.save_config
-        if collection.save_config is not None:
-            # On a copy: what the user gave stays as it is.
-            save = SaveConfig.from_dict(collection.save_config.to_json_dict())
-            save.merge_default_save_config(self.save_config)
-        return save.should_save_step(self.mode, self._mode_steps[self.mode])
+        own = collection.save_config
+        config = None if own is None else own.mode_save_configs.get(self.mode)
+        if config is None:
+            config = self.save_config.get_save_config(self.mode)
+        return config.should_save_step(self._mode_steps[self.mode])
 
     def _reduce(self, name: str, value: object, due: Sequence[Collection]) -> None:
         shot = snapshot(name, value)
@@ -272,6 +286,21 @@ class Hook:
         if what not in self._warned:
             self._warned.add(what)
             warnings.warn(f"{what} was not saved: {error}", RuntimeWarning, stacklevel=3)
+
+    @classmethod
+    def create_from_json_file(cls, json_file_path: str | None = None) -> Self:
+        """Make a hook of a configuration file; by default the one that a variable names.
+
+        Raises
+        ------
+        SMDebugValueError
+            There is none, or it cannot be used; see `hook_json`.
+        """
+        arguments, collections = read_configuration(json_file_path)
+        hook = cls(**arguments)
+        for collection in collections:
+            hook.add_collection(collection)
+        return hook
 
     # --- collections --------------------------------------------------------------
     def _collection(self, name: str) -> Collection:
