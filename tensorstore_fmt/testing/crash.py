@@ -152,6 +152,13 @@ class CrashStorage(WrappedStorage):
         inner = self._perform("create", path, lambda: self.inner.create(path))
         return _CrashAppender(self, inner)
 
+    def reopen(self, path: str, *, nbytes: int, keep: int) -> Appender:
+        """Cut a file off, to append to what is left."""
+        inner = self._perform(
+            "reopen", path, lambda: self.inner.reopen(path, nbytes=nbytes, keep=keep)
+        )
+        return _CrashAppender(self, inner)
+
     def sync(self, paths: Iterable[str]) -> None:
         """Sync files, one call for each."""
         for path in paths:

@@ -43,7 +43,7 @@ class Operation:
     Attributes
     ----------
     op
-        ``range prefix listing map publish create append sync delete lock``.
+        ``range prefix listing map publish create reopen append sync delete lock``.
     path
         File or directory.
     start, stop
@@ -132,6 +132,15 @@ class WrappedStorage(Storage):
         """Create a file to append to."""
         self._one("create", path)
         return _WrappedAppender(self, self.inner.create(path))
+
+    def reopen(self, path: str, *, nbytes: int, keep: int) -> Appender:
+        """Cut a file off, to append to what is left."""
+        self._one("reopen", path, keep, nbytes)
+        return _WrappedAppender(self, self.inner.reopen(path, nbytes=nbytes, keep=keep))
+
+    def local_path(self, path: str) -> str:
+        """Give the absolute path of a local file."""
+        return self.inner.local_path(path)
 
     def sync(self, paths: Iterable[str]) -> None:
         """Sync files."""
