@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -407,17 +408,19 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
     for step in range(10):
         smdebug_step(root, step, {f"w{i}": noise + i for i in range(12)})
     script = (
-        "import resource, sys\n"
+        "import sys\n"
+        "from support.memory import peak_kib\n"
         "from tensorstore_fmt.interop.importing import import_smdebug, target\n"
         "target._QUEUE_NBYTES = 16 * 2**20\n"
         "import tensorstore_fmt as tsf, numpy, pyarrow\n"
         "tsf.create_run(sys.argv[2] + '0').close()\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = peak_kib()\n"
         "assert import_smdebug(sys.argv[1], sys.argv[2]).values == 120\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+        "print(peak_kib() - before)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, str(root), str(tmp_path / "run")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         capture_output=True,
         text=True,
         check=True,

@@ -31,6 +31,7 @@ from conformance.independent_reader import Run as IndependentRun
 from conformance.independent_reader import SpecError
 from conformance.independent_reader import open_run as open_independently
 from robustness.fuzz_corpus import by_hand, codecs, parts, unbundled
+from support.memory import peak_kib
 from support.mutate import (
     NUMBERS_OF_HEADER,
     NUMBERS_OF_ROOT,
@@ -488,7 +489,7 @@ class Fuzzer:
             "known": dict(self.known), "two_readers": dict(differences),
             "warned": dict(self.warned.most_common(8)),
             "slowest_s": round(self.slowest[0], 3), "slowest": self.slowest[1],
-            "max_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
+            "max_rss_mib": peak_kib() >> 10,
         }  # fmt: skip
 
 

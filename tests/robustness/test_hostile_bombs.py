@@ -9,7 +9,6 @@ import gc
 import io
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from robustness.fuzz_corpus import by_hand
 from robustness.fuzz_format import limit_memory
 from support.build_run import Put, RunBuilder
 from support.goals import record
+from support.memory import peak_kib
 from support.mutate import Files, SegmentEditor, opened, run_json, save
 
 import tensorstore_fmt as tsf
@@ -280,7 +280,7 @@ def try_all() -> list[dict[str, object]]:
                 "max_rss_mib": usage.ru_maxrss >> 10,
             }
         )  # fmt: skip
-    results.append({"self_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10})
+    results.append({"self_rss_mib": peak_kib() >> 10})
     return results
 
 

@@ -24,6 +24,7 @@ from robustness.fuzz_corpus import by_hand, codecs
 from robustness.fuzz_format import limit_memory, use
 from support.build_run import Put, RunBuilder
 from support.goals import record
+from support.memory import peak_kib
 from support.mutate import (
     NUMBERS_OF_HEADER,
     NUMBERS_OF_ROOT,
@@ -319,7 +320,7 @@ def try_all() -> dict[str, Any]:
     _halves()
     limit_memory(LIMIT_MIB)
     failures, slowest = [], (0.0, "")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_kib()
     for label, make in cases:
         begin = time.perf_counter()
         try:
@@ -334,7 +335,7 @@ def try_all() -> dict[str, Any]:
         slowest = max(slowest, (time.perf_counter() - begin, label))
     return {
         "cases": len(cases), "failures": failures, "slowest": slowest,
-        "grew_mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10,
+        "grew_mib": (peak_kib() - before) >> 10,
         "is_limited": resource.getrlimit(resource.RLIMIT_AS)[1] != resource.RLIM_INFINITY,
     }  # fmt: skip
 

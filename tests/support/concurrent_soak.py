@@ -6,7 +6,6 @@ import ctypes
 import gc
 import os
 import pickle
-import resource
 import shutil
 import threading
 import time
@@ -17,6 +16,7 @@ from typing import Any, Final
 import numpy as np
 import pyarrow as pa
 from support.concurrent_scripts import warm_up
+from support.memory import peak_kib
 
 import tensorstore_fmt as tsf
 from tensorstore_fmt.testing.forks import Channel
@@ -205,7 +205,7 @@ def many_threads(channel: Channel, url: str, count: int) -> tuple[int, int, int,
         start.set()
         for thread in threads:
             thread.join()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+        peak = peak_kib() * 1024 - before
         threads.clear()
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # what the C library keeps of freed memory is not ours

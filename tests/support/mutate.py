@@ -6,7 +6,6 @@ import copy
 import functools
 import io
 import itertools
-import resource
 import time
 import warnings
 from collections import Counter
@@ -20,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import zstandard
 from support.goals import record
+from support.memory import peak_kib
 
 from tensorstore_fmt.errors import NotThereError, TensorStoreError, TruncatedError
 from tensorstore_fmt.format import layout
@@ -329,7 +329,7 @@ class Tally:
     outcomes: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
     slowest_s: float = 0.0
-    rss_kib: int = field(default_factory=lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    rss_kib: int = field(default_factory=peak_kib)
 
     def trial(self, label: object, work: Callable[[], Outcome | None]) -> Outcome | None:
         """Do one; whatever is raised is a failure of the reader."""
@@ -347,7 +347,7 @@ class Tally:
 
     def finish(self, *, most_s: float = 20.0, most_mib: int = 256) -> None:
         """Print the counts and assert that nothing went wrong."""
-        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - self.rss_kib) >> 10
+        grown = (peak_kib() - self.rss_kib) >> 10
         record(
             self.what,
             self.trials,
