@@ -97,6 +97,7 @@ class Intake:
         self._mode_steps = {m: joined.mode_steps.get(m, 0) for m in range(len(layout.MODES))}
         self._last_logged: dict[int, int] = {}
         self._unknown: list[tuple[str, int, int]] = []  # name, mode, step
+        self._unstamped: list[tuple[int, int]] = []  # step, mode; of calls that were lost whole
         self.steps = self.raw_nbytes = 0
 
     @property
@@ -145,6 +146,7 @@ class Intake:
             self._failures.note(error)
             if not call.is_begun:  # else whoever comes next carries it out
                 self._unknown += call.names()
+                self._unstamped.append((step, mode))
             return
         if generation.raw_nbytes >= self._options.flush_bytes:
             self._request(generation.number)
@@ -226,6 +228,7 @@ class Intake:
     def _carry_out(self, call: _Call) -> None:
         """Add a call to the generation; right also if that was begun before, and ended anywhere."""
         generation, step, mode = self._generation, call.step, call.mode
+        self._stamp_lost()
         if self._last_logged.get(mode) != step:
             self._stamp(generation, step, mode, self._options.clock_us())
         floats = generation.floats
@@ -267,6 +270,14 @@ class Intake:
             if self._staging.drop_named(generation, *lost):
                 self._unknown.remove(lost)
 
+    def _stamp_lost(self) -> None:
+        """Note the steps of calls of which nothing could be taken: they were made."""
+        while self._unstamped:
+            step, mode = self._unstamped[0]
+            if self._last_logged.get(mode) != step:
+                self._stamp(self._generation, step, mode, self._options.clock_us())
+            del self._unstamped[0]
+
     def _stamp(self, generation: Generation, step: int, mode: int, time_us: int) -> None:
         """Note the step in the step table, and what is complete now."""
         rows = generation.step_tables.setdefault(mode, [])
@@ -294,6 +305,7 @@ class Intake:
         with self.lock:
             self._finish_interrupted()
             if not self._ended:
+                self._stamp_lost()
                 self._end_generation(is_last=is_last)
             taken, self._ended = self._ended[0], self._ended[1:]
         self._staging.finish(taken.generation)
