@@ -180,8 +180,9 @@ def test_required_tensors() -> None:
 
 
 def test_required_tensors_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One round of requests for all that a step needs; asking for the values reads nothing."""
-    from tensorstore_fmt.reading import reader, run, tensor
+    """One round of requests for all that a step, and those behind it, need; then nothing."""
+    from tensorstore_fmt.interop.smdebug import ahead
+    from tensorstore_fmt.reading import reader, tensor
 
     url = write("memory://rules/once", steps=3, a=gradient, b=gradient)
     reads: list[int] = []
@@ -190,17 +191,77 @@ def test_required_tensors_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None
         reads.append(len(asks))
         return reader.read(session, asks)
 
-    monkeypatch.setattr(run, "read", counting)
+    monkeypatch.setattr(ahead, "read", counting)
     monkeypatch.setattr(tensor, "read", counting)
 
     def needs(rule: Rule, step: int) -> None:
         rule.req_tensors.add(".*", steps=[step], should_match_regex=True)
 
     def look(rule: Rule, step: int) -> bool:
-        return all(t.value(step).max() > 1e9 for t in rule.req_tensors.get() for _ in range(3))
+        values = [t.value(step) for t in rule.req_tensors.get() for _ in range(3)]
+        assert len(values) == 6
+        assert all(np.array_equal(value, gradient(step)) for value in values)
+        return False
 
     invoke_all(Each(create_trial(url), look, needs))
-    assert reads == [2, 2, 2]
+    assert reads == [2]
+
+
+def all_of_it(rule: Rule, step: int) -> None:
+    rule.req_tensors.add(".*", steps=[step], should_match_regex=True)
+
+
+def test_values_read_ahead_are_those_of_their_steps(tmp_path: Path) -> None:
+    """Also with shapes that vary, several workers, windows of steps, more than is read at once."""
+    n = 150
+    for worker in (0, 1):
+        with tsf.create_run(tmp_path / "run", worker=worker, num_workers=2) as run:
+            for step in range(n):
+                values = {"same": np.full((8, 8), step + worker / 2)}
+                if worker == 0:
+                    values |= {"grows": np.full(step % 7 + 1, step), "alone": np.float32(step)}
+                run.log(values, step=step, mode="TRAIN")
+    seen: list[int] = []
+
+    def needs(rule: Rule, step: int) -> None:
+        for name in ("same", "grows", "alone"):
+            rule.req_tensors.add(name, steps=range(max(step - 2, 0), step + 1))
+
+    def look(rule: Rule, step: int) -> bool:
+        for tensor in rule.req_tensors.get():
+            for each in rule.req_tensors.get_tensor_steps(tensor.name):
+                assert (tensor.value(each) == each).all()
+                value = tensor.value(each)
+                value[...] = -1  # the caller's own
+        same = rule.base_trial.tensor("same")
+        assert (same.value(step, worker="worker_1") == step + 0.5).all()
+        seen.append(step)
+        return False
+
+    invoke_all(Each(create_trial(tmp_path / "run"), look, needs))
+    assert seen == list(range(n))
+
+
+def test_damage_of_a_later_step_is_met_there(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    with tsf.create_run(tmp_path / "run", compression="none") as run:
+        for step in range(4):
+            run.log({"x": rng.random((300, 300))}, step=step)
+            run.flush()
+    (shard,) = (tmp_path / "run" / "shards").iterdir()
+    data = bytearray(shard.read_bytes())
+    data[len(data) * 5 // 8] ^= 1
+    shard.write_bytes(data)
+    seen: list[int] = []
+
+    def look(rule: Rule, step: int) -> bool:
+        rule.req_tensors.get()[0].value(step)
+        seen.append(step)
+        return False
+
+    with pytest.raises(tsf.FormatError):
+        invoke_rule(Each(create_trial(tmp_path / "run"), look, all_of_it))
+    assert seen == [0, 1]
 
 
 def test_a_rule_never_sees_what_comes_meanwhile(tmp_path: Path) -> None:

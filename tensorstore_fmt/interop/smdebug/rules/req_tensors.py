@@ -23,9 +23,7 @@ class RequiredTensors:
         self.clear()
 
     def clear(self) -> None:
-        """Forget all, and what was read."""
-        for trial in self._trials:
-            trial.forget()
+        """Forget what is needed; what was read stays as long as it may be needed again."""
         self._wanted = {id(trial): {} for trial in self._trials}
 
     def add(
@@ -81,6 +79,8 @@ class RequiredTensors:
     def fetch(self) -> None:
         """Read everything, in one round of requests for each trial; `Tensor.value` finds it.
 
+        Steps behind it are read along, up to 32 MiB.
+
         Raises
         ------
         TensorUnavailable, TensorUnavailableForStep
@@ -96,11 +96,9 @@ class RequiredTensors:
             else:  # it may be behind, and does not show the same while it is waited for
                 with refresh(trial):
                     trial.wait_for_steps(steps)
-            items = []
             for name, needed in wanted.items():
                 trial.tensor(name)  # raises, if there is none
                 for step in needed:
                     if not trial.was_saved(name, step):
                         raise TensorUnavailableForStep(name, step, ModeKeys.GLOBAL)
-                    items.append((name, step))
-            trial.keep(items)
+            trial.keep(wanted)

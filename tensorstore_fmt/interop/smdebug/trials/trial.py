@@ -13,13 +13,14 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from tensorstore_fmt.errors import AmbiguousError, ArgumentError, NotARunError, NotThereError
+from tensorstore_fmt.errors import ArgumentError, NotARunError
 from tensorstore_fmt.interop.importing.smdebug_names import (
     COLLECTIONS_NAME,
     reduction_of,
     shaped,
 )
 from tensorstore_fmt.interop.importing.target import REPORT_NAME
+from tensorstore_fmt.interop.smdebug.ahead import ReadAhead, has_step
 from tensorstore_fmt.interop.smdebug.collections import Collection, built_in
 from tensorstore_fmt.interop.smdebug.exceptions import (
     InvalidWorker,
@@ -79,8 +80,8 @@ class Trial:
         self._parts: dict[str, list[str]] | None = None
         self._steps: dict[str, NDArray[np.int64]] = {}  # by name, of anything; of values
         self._values: dict[str, NDArray[np.int64]] = {}
-        self._kept: dict[tuple[str, int], Any] = {}
         self._session, self.run = _open(path, storage_options, timeout_s)
+        self._ahead = ReadAhead(self._session, self.run)
         self._poll_s = _POLL_S if self._session.storage.is_local else _REMOTE_POLL_S
         self._imported: Mapping[str, Any] = _mapping(self.run.attrs.get("smdebug"))
         self._wait_for_workers(timeout_s)
@@ -148,6 +149,7 @@ class Trial:
             self._parts = None
             self._steps = {}
             self._values = {}
+            self._ahead.drop()
 
     def _is_news(self) -> bool:
         return self._ledger is not None and self._ledger.has_ended != self.run.is_closed
@@ -207,7 +209,7 @@ class Trial:
 
     def was_saved(self, name: str, step: int) -> bool:
         """Say whether anything of a tensor was saved at a global step."""
-        return _has(self.steps_of(name), step)
+        return has_step(self.steps_of(name), step)
 
     @staticmethod
     def _saved(tensor: RunTensor) -> NDArray[np.int64]:
@@ -465,29 +467,15 @@ class Trial:
                 time.sleep(next(pauses))
 
     # --- values that were read ahead -----------------------------------------------
-    def keep(self, items: Sequence[tuple[str, int]]) -> None:
-        """Read values of (name, global step) in one round; `Tensor.value` finds them.
-
-        What several workers or modes saved is not read ahead.
-        """
-        here = [
-            (name, step) for name, step in dict.fromkeys(items) if _has(self._raw_steps(name), step)
-        ]
-        try:
-            values = self.run.read([(name, step, ()) for name, step in here])
-        except (AmbiguousError, NotThereError):
-            return
-        self._kept.update(zip(here, values, strict=True))
+    def keep(self, wanted: Mapping[str, Sequence[int]]) -> None:
+        """Read values by name and global steps in one round; `Tensor.value` finds them."""
+        self._ahead.fetch(wanted, saved=self._raw_steps, last=self.ledger.last_complete)
 
     def kept(self, name: str, step: int, mode: ModeKeys) -> Any:  # noqa: ANN401 - an array or a str
         """Give a value that was read ahead; None if it was not."""
         if mode is not ModeKeys.GLOBAL and self.ledger.mode_of(step) is not mode:
             return None
-        return self._kept.get((name, step))
-
-    def forget(self) -> None:
-        """Drop what was read ahead."""
-        self._kept = {}
+        return self._ahead.get(name, step)
 
     def close(self) -> None:
         """Give back connections and memory."""
@@ -499,11 +487,6 @@ class Trial:
 
 def _mapping(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
-
-
-def _has(steps: NDArray[np.int64], step: int) -> bool:
-    at = int(steps.searchsorted(step))
-    return at < len(steps) and int(steps[at]) == step
 
 
 def _collection(name: str, params: Mapping[str, Any]) -> Collection:
