@@ -21,7 +21,7 @@ from tensorstore_fmt.reading.steps import StepSet
 from tensorstore_fmt.reading.timeline import Timeline, timelines
 from tensorstore_fmt.reading.view import View
 
-__all__ = ["Stats", "read_stats", "stat_rows"]
+__all__ = ["Stats", "derived", "read_stats", "stat_rows", "vectors"]
 
 _I64 = NDArray[np.int64]
 _F64 = NDArray[np.float64]
@@ -117,12 +117,7 @@ def read_stats(session: Session, query: Query, wanted: StepSet) -> Stats:
         )  # fmt: skip
         data, stats = (line.saved() for line in timelines(view, session.pages, [of_data, of_stats]))
         every = StepSet(wanted.low, wanted.high, wanted.stride)
-        step, rows = _of_series(view, session, stats, every)
-        more_step, more_rows = _of_values(view, session, data, every, step)
-        if len(more_step):
-            step, rows = np.concatenate([step, more_step]), np.concatenate([rows, more_rows])
-            order = np.argsort(step, kind="stable")
-            step, rows = step[order], rows[order]
+        step, rows = vectors(view, session, data, stats, every)
         if wanted.exact is not None:
             missing = wanted.exact[~np.isin(wanted.exact, step)]
             if len(missing):
@@ -133,6 +128,28 @@ def read_stats(session: Session, query: Query, wanted: StepSet) -> Stats:
         return Stats(query.name, step, rows)
 
     return session.do(work)
+
+
+def vectors(
+    view: View, session: Session, data: Timeline | None, stats: Timeline, every: StepSet
+) -> tuple[_I64, _F64]:
+    """Give the steps of a range that have statistics, ascending, and these: shape (n, 10).
+
+    Parameters
+    ----------
+    data, stats
+        What is saved of the values and of the statistics; without `data` those of values that
+        lie in the index are left out.
+    """
+    step, rows = _of_series(view, session, stats, every)
+    if data is None:
+        return step, rows
+    more_step, more_rows = _of_values(view, session, data, every, step)
+    if len(more_step):
+        step, rows = np.concatenate([step, more_step]), np.concatenate([rows, more_rows])
+        order = np.argsort(step, kind="stable")
+        step, rows = step[order], rows[order]
+    return step, rows
 
 
 def _missing(view: View, query: Query, data: Timeline, stats: Timeline, step: int) -> Exception:

@@ -219,6 +219,7 @@ class RunWriter:
         self._options = options
         self._joined = joined
         self._key = key
+        self._num_workers = num_workers
         self._pid = os.getpid()
         self._is_closed = False
         self._report: CloseReport | None = None
@@ -286,6 +287,11 @@ class RunWriter:
         return self._key.worker
 
     @property
+    def num_workers(self) -> int:
+        """Number of ranks, as the writer was told."""
+        return self._num_workers
+
+    @property
     def attempt(self) -> int:
         """Number of the attempt this writer belongs to."""
         return self._key.attempt
@@ -340,6 +346,28 @@ class RunWriter:
         number = check_mode(mode)
         self._intake.take(data, check_step(step), number)
         self._log_s += time.perf_counter() - begin
+
+    def set_stats(self, name: str, choice: StatsChoice) -> None:
+        """Say for one name what ``stats=`` of `create_run` says for patterns of names.
+
+        Parameters
+        ----------
+        name
+            Of a tensor that was not logged yet.
+        choice
+            True, False, or ``"only"``: statistics without the data.
+
+        Raises
+        ------
+        ArgumentError
+            No such choice.
+        StateError
+            Code ``logged``: too late.
+        """
+        self._check_usable()
+        if choice not in (True, False, "only"):
+            raise ArgumentError(f"stats of {name!r} is {choice!r}; it is True, False or 'only'")
+        self._intake.set_stats(name, choice)
 
     def stamp(self, step: int, mode: str | None, *, mode_step: int, wall_time_us: int) -> None:
         """Say when a step was made, and its number in its mode, before it is logged.
