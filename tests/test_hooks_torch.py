@@ -388,6 +388,20 @@ def test_reduction_without_raw_saves_no_raw(url: Path) -> None:
     assert {name for name in saved(url) if name.startswith("head")} == {"head.weight/mean"}
 
 
+def test_statistics_without_the_data(url: Path) -> None:
+    """What is asked for as statistics only costs no chunk, and rules find it all the same."""
+    model = torch.nn.Sequential(torch.nn.Linear(40, 50), torch.nn.ReLU())
+    collections = [Collection(name="activations", reductions=Reductions(raw="stats"))]
+    with attach(model, url, collections=collections, every=1, on_error="raise"):
+        outputs = [model(torch.randn(30, 40)).detach() for _ in range(3)]
+    with tsf.open_run(url) as run:
+        stats = run["1/output"].stats()
+        np.testing.assert_allclose(stats["max"], [x.max() for x in outputs])
+        with pytest.raises(tsf.NotThereError):
+            run["1/output"].read(step=0)
+    assert not list(url.glob("shards/*"))
+
+
 def test_keeps_no_graph_alive(url: Path) -> None:
     model, optimizer, criterion = build()
     with attach(model, url, optimizer=optimizer, collections=EVERYTHING, every=1, on_error="raise"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -32,6 +32,7 @@ class Recorder:
         self._prefix = prefix
         self._staging = Staging(self._log_staged, guard)
         self._lock = threading.Lock()
+        self._known: set[str] = set()
         self._waiting: dict[str, list[tuple[str, torch.Tensor, Reduction]]] = {}
         self.step = 0
         self.mode: str | None = "TRAIN"
@@ -90,6 +91,7 @@ class Recorder:
         self, values: dict[str, object], name: str, tensor: torch.Tensor, wanted: Wanted
     ) -> None:
         if wanted.raw or wanted.stats_only:
+            self._set_stats(name, "only" if wanted.stats_only else True)
             value = as_value(tensor)
             if value is not None:
                 values[name] = value
@@ -110,6 +112,13 @@ class Recorder:
                 values[f"{name}/quantiles"] = quantiles(tensor, wanted.quantiles)
             except Exception as error:  # noqa: BLE001 - the same
                 self._guard.failed(f"{name}/quantiles", error)
+
+    def _set_stats(self, name: str, choice: Literal[True, "only"]) -> None:
+        """Tell the writer the first time; a name keeps what it began with."""
+        if name not in self._known:
+            self._known.add(name)
+            if choice == "only":
+                self._run.set_stats(self._prefix + name, choice)
 
     # --- functions of two tensors ------------------------------------------------
 

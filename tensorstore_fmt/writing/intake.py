@@ -13,7 +13,7 @@ from tensorstore_fmt.writing.convert import check_name, outline, snapshot
 from tensorstore_fmt.writing.encoders import EncoderPool
 from tensorstore_fmt.writing.failures import Failures
 from tensorstore_fmt.writing.joining import Joined
-from tensorstore_fmt.writing.options import WriterOptions
+from tensorstore_fmt.writing.options import StatsChoice, WriterOptions
 from tensorstore_fmt.writing.pending import Generation, Held
 from tensorstore_fmt.writing.quota import Quota
 from tensorstore_fmt.writing.series import Kept
@@ -119,6 +119,11 @@ class Intake:
     def clear(self) -> None:
         """Give back memory that is kept for snapshots."""
         self._buffers.clear()
+
+    def set_stats(self, name: str, choice: StatsChoice) -> None:
+        """Say how the statistics of one name are kept."""
+        with self.lock:
+            self._staging.set_stats(check_name(name), choice)
 
     # --- a call of `log` ------------------------------------------------------------
 

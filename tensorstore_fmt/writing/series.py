@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from tensorstore_fmt import dtypes
-from tensorstore_fmt.errors import ArgumentError
+from tensorstore_fmt.errors import ArgumentError, StateError
 from tensorstore_fmt.format import codec, grid, layout, statistics
 from tensorstore_fmt.format.catalog import Series
-from tensorstore_fmt.writing.options import WriterOptions
+from tensorstore_fmt.writing.options import StatsChoice, WriterOptions
 
 __all__ = ["Group", "Kept", "SeriesBook", "step_table_series"]
 
@@ -67,6 +67,19 @@ class SeriesBook:
         self._options = options
         self._groups: dict[tuple[object, ...], Group] = {}
         self._last: dict[tuple[str, int], Kept] = {}
+        self._stats: dict[str, StatsChoice] = {}
+
+    def set_stats(self, name: str, choice: StatsChoice) -> None:
+        """Say for one name what the options say for patterns; before its first value."""
+        if self._stats.get(name, self._options.stats_for(name)) == choice:
+            return
+        if any(group.name == name and group.kept for group in self._groups.values()):
+            raise StateError(
+                f"{name!r} was logged already; say how its statistics are kept before that",
+                code="logged",
+                name=name,
+            )
+        self._stats[name] = choice
 
     def group(
         self,
@@ -141,7 +154,7 @@ class SeriesBook:
             storing = "inline"
         elif boxes == 1 and step_nbytes <= grid.DEFAULT_CHUNK_NBYTES // 2:
             storing = "joined"
-        choice = self._options.stats_for(name)
+        choice = self._stats.get(name, self._options.stats_for(name))
         has_stats = bool(choice) and statistics.supports(dtype) and 0 not in shape
         has_data = choice != "only" or not has_stats or storing == "inline"
         stats = None

@@ -13,7 +13,7 @@ from tensorstore_fmt.errors import ArgumentError
 from tensorstore_fmt.format import grid, layout
 from tensorstore_fmt.format.strings import pack_strings
 from tensorstore_fmt.writing.convert import Snapshot, check_name
-from tensorstore_fmt.writing.options import WriterOptions
+from tensorstore_fmt.writing.options import StatsChoice, WriterOptions
 from tensorstore_fmt.writing.pending import Generation, Held, InlineStage, Save
 from tensorstore_fmt.writing.series import Group, Kept, SeriesBook
 
@@ -76,6 +76,10 @@ class Staging:
         self._put = put
         self._release = release
         self._floats: dict[tuple[int, str], Kept] = {}
+
+    def set_stats(self, name: str, choice: StatsChoice) -> None:
+        """Say how the statistics of one name are kept."""
+        self._book.set_stats(name, choice)
 
     def plan(self, tensor: Tensor, mode: int) -> tuple[Kept, int]:
         """Give how a tensor will be kept and its raw bytes; refuses what cannot be stored."""

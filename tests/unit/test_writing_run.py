@@ -364,3 +364,23 @@ def test_all_of_one_call_becomes_visible_at_once(tmp_path: Path) -> None:
             reader = tsf.open_run(tmp_path / "run")
             seen = {tuple(reader[n].steps.tolist()) if n in reader else () for n in names}
             assert len(seen) == 1
+
+
+def test_statistics_of_one_name(tmp_path: Path) -> None:
+    weight = np.arange(1000, dtype=np.float32)
+    with tsf.create_run(tmp_path / "run") as run:
+        run.set_stats("a", "only")
+        run.set_stats("b", choice=False)
+        run.log({"a": weight, "b": weight, "c": weight}, step=0)
+        run.set_stats("c", choice=True)  # as it is
+        with pytest.raises(tsf.StateError) as caught:
+            run.set_stats("c", choice=False)
+        assert caught.value.code == "logged"
+        with pytest.raises(tsf.ArgumentError):
+            run.set_stats("d", "some")  # type: ignore[arg-type]
+    with tsf.open_run(tmp_path / "run") as reader:
+        assert reader["a"].stats()["max"].tolist() == [999]
+        with pytest.raises(tsf.NotThereError):
+            reader["a"].read(step=0)
+        assert reader["b"].read(step=0)[1] == 1
+        assert set(reader.statistics().column("name").to_pylist()) == {"a", "c"}
