@@ -144,6 +144,43 @@ def test_payloads_that_cannot_be_written_are_dropped_alone(tmp_path: Path) -> No
     assert reader["loss"].read().tolist() == [1.0, 2.0]
 
 
+def test_retries_are_few_and_ever_later(tmp_path: Path) -> None:
+    """One operation is tried four times; while the storage stays down, later ones once each."""
+    slept: list[float] = []
+    trouble = Trouble("publish", "index/")
+    run = faulty_run(tmp_path / "run", trouble, sleep=slept.append)
+    trouble.is_on = True
+    run.log({"loss": 1.0}, step=0)
+    assert not run.flush()
+    assert (trouble.seen, len(slept)) == (4, 3)
+    assert slept == sorted(slept)
+    assert slept[-1] > 4 * slept[0]
+    for step in range(1, 6):
+        run.log({"loss": 1.0}, step=step)
+        assert not run.flush()
+    assert trouble.seen == 4 + 5
+    assert run.close().failures == 10  # closing tries, too
+
+
+def test_the_report_says_how_long_log_waited(tmp_path: Path) -> None:
+    """A storage that takes nothing fills the queue: `log` waits, and says so at the end."""
+    released = threading.Event()
+
+    def slow(operation: Operation) -> None:
+        if operation.op == "append":
+            released.wait(30)
+
+    run = faulty_run(tmp_path / "run", slow, queue_bytes=4 << 20, compression="none")
+    threading.Timer(0.3, released.set).start()
+    for step in range(12):
+        run.log({"w": np.full(1 << 18, step, "f4")}, step=step)
+    report = run.close()
+    assert 0.05 < report.stalled_s <= report.log_s
+    assert "waiting for the storage" in str(report)
+    assert report.dropped == 0
+    assert tsf.open_run(tmp_path / "run")["w"].read(step=11)[0] == 11
+
+
 # --- merging ----------------------------------------------------------------------------
 
 
