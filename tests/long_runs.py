@@ -40,7 +40,7 @@ LONG_RUNS = {
     "D1": LongRun("test_corrupt_flips.py", 8),
     "D1-large": LongRun("test_corrupt_large.py", 500),
     "D4": LongRun("test_corrupt_blocks.py", 50, "not cut"),
-    "D5": LongRun("test_corrupt_fuzz.py", 25),
+    "D5": LongRun("test_corrupt_fuzz.py", 13),
     "D7": LongRun("test_upkeep_all_damage.py", 1200),
     "H4": LongRun("test_hostile_files.py", 20),
     "K1": LongRun("test_soak.py", 60, "soak"),
