@@ -62,8 +62,12 @@ def pytest_report_header() -> str:
     return f"trials: TSF_COUNT={COUNT:g} TSF_SEED={SEED}"
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
     """Print what was recorded, in the order of the goals."""
+    if hasattr(config, "workerinput"):
+        return  # the process that handed out the tests does it
     lines = []
     for outcome in ("passed", "failed", "xfailed", "xpassed"):
         for report in terminalreporter.stats.get(outcome, ()):
