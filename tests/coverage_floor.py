@@ -35,6 +35,7 @@ MODULES: Final = (
 
 # Neither crashes nor soaks: what they find does not show in which branches were taken.
 TESTS: Final = (
+    "conformance/test_vectors.py",
     "unit/test_codec.py",
     "unit/test_commit_*.py",
     "unit/test_format_*.py",

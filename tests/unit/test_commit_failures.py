@@ -144,6 +144,34 @@ def test_payloads_that_cannot_be_written_are_dropped_alone(tmp_path: Path) -> No
     assert reader["loss"].read().tolist() == [1.0, 2.0]
 
 
+def test_what_cannot_be_gathered_is_recorded_as_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No memory for the entries of a flush, also not later: its steps are there, as dropped."""
+    real = committer.collect
+
+    def collect(generation: Any) -> Any:
+        if generation.number == 2:
+            raise MemoryError("made to fail")
+        return real(generation)
+
+    monkeypatch.setattr(committer, "collect", collect)
+    run = create_test_run(tmp_path / "run", on_error="warn")
+    flushed = []
+    for step in range(4):
+        run.log({"loss": float(step), "w": WEIGHT + step, "text": "x"}, step=step)
+        flushed.append(run.flush())
+    report = run.close()
+    assert flushed == [True, False, True, True]
+    assert report.dropped == 3
+    reader = tsf.open_run(tmp_path / "run")
+    assert reader.steps().tolist() == [0, 1, 2, 3]
+    for name in ("loss", "w", "text"):
+        assert [reader.state(name, step) for step in range(4)] == [
+            "here", "dropped", "here", "here",
+        ]  # fmt: skip
+
+
 def test_retries_are_few_and_ever_later(tmp_path: Path) -> None:
     """One operation is tried four times; while the storage stays down, later ones once each."""
     slept: list[float] = []

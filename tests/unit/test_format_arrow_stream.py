@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
+from collections import Counter
 
 import pyarrow as pa
 import pyarrow.ipc
@@ -116,3 +117,39 @@ def test_a_batch_without_header_or_body_is_for_arrow_to_judge() -> None:
     raw = bytearray(empty)
     struct.pack_into("<H", raw, fields(empty)["header"], 0)
     check_stream(bytes(raw))
+
+
+def with_metadata() -> bytes:
+    """A stream whose columns, one of them of lists, say things of their own."""
+    said = {"ARROW:extension:name": "arrow.uuid", "x": "y" * 20}
+    lists = pa.field("b", pa.list_(pa.field("item", pa.int64(), metadata=said)), metadata=said)
+    schema = pa.schema([pa.field("a", pa.int64(), metadata=said), lists])
+    return stream(pa.record_batch([pa.array([1, 2]), pa.array([[1], [2, 3]])], schema=schema))
+
+
+def test_metadata_of_columns_are_gone() -> None:
+    with pa.ipc.open_stream(check_stream(with_metadata())) as reader:
+        schema = reader.schema
+        assert reader.read_next_batch().column("b").to_pylist() == [[1], [2, 3]]
+    assert schema.field("a").metadata is None
+    assert schema.field("b").metadata is None
+    assert schema.field("b").type.value_field.metadata is None
+
+
+def test_schemas_that_point_anywhere_are_refused_or_lose_their_metadata() -> None:
+    """Each byte of the schema in turn, so that offsets leave the message and counts are huge."""
+    raw = with_metadata()
+    nbytes = 8 + int.from_bytes(raw[4:8], "little")
+    outcomes: Counter[str] = Counter()
+    for at in range(8, nbytes):
+        for byte in (0, 1, 0x7F, 0xFF):
+            changed = bytearray(raw)
+            changed[at] = byte
+            try:
+                check_stream(bytes(changed))
+            except FormatError as error:
+                outcomes[error.code] += 1
+            else:
+                outcomes["taken"] += 1
+    assert set(outcomes) == {"malformed", "taken"}
+    assert min(outcomes.values()) > 100

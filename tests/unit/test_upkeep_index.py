@@ -595,6 +595,9 @@ def test_reports_stay_short() -> None:
     many = tuple((f"n{n}", tuple(range(30))) for n in range(25))
     text = str(Problem(code="checksum", severity="damage", file="f", what="w", names=many))
     assert "5 more names" in text
+    assert "f at 1,000: w" in str(
+        Problem(code="c", severity="note", file="f", offset=1000, what="w")
+    )
     assert "18 more" in text
     assert "steps unknown" in str(
         Problem(code="c", severity="note", file=None, what="w", names=(("a", ()),))

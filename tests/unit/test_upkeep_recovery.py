@@ -498,3 +498,59 @@ def test_neighbours_of_a_damaged_segment_are_merged(build: RunBuilder) -> None:
     assert path_of(build, names[3]).read_bytes() == kept
     reader = tsf.open_run(build.url)
     assert [float(reader["x"].read(step=s)) for s in (0, 2, 4, 6)] == [0, 2, 4, 6]
+
+
+# --- the page that says which shards there are ------------------------------------------
+
+
+def without_shard_page(build: RunBuilder, name: layout.SegmentName) -> None:
+    """Damage only the page of shards of a segment."""
+    path = path_of(build, name)
+    data = bytearray(path.read_bytes())
+    head = segment.decode_head(segment.decode_header(data, where="it"), data)
+    (number,) = np.flatnonzero(head.root["kind"] == layout.PAGE_SHARDS).tolist()
+    data[int(head.root[number]["offset"])] ^= 1
+    path.write_bytes(data)
+
+
+def shards_of_two(build: RunBuilder) -> list[layout.SegmentName]:
+    """Two flushes: numbers in the index, and tensors in shards."""
+    w = build.writer()
+    return [
+        w.flush(
+            put(step),
+            Put(name="y", step=step, value=np.full((100, 100), step)),
+            step_row(step),
+            through=step,
+            closed=step == 1,
+        )
+        for step in range(2)
+    ]
+
+
+def test_without_the_page_of_shards_their_rows_tell(build: RunBuilder) -> None:
+    names = shards_of_two(build)
+    without_shard_page(build, names[0])
+    report = settled(build)
+    assert not report.lost
+    with tsf.open_run(build.url) as run:
+        assert run["x"].read().tolist() == [0, 1]
+        assert run["y"].read(step=0)[0, 0] == 0
+        assert run["y"].read(step=1)[0, 0] == 1
+
+
+def test_without_the_page_of_shards_and_the_shard(build: RunBuilder) -> None:
+    names = shards_of_two(build)
+    without_shard_page(build, names[0])
+    shard = min((build.root / "shards").iterdir())
+    shard.unlink()
+    report = recover(build.url)
+    assert {(gone.name, gone.steps) for gone in report.lost} >= {("y", (0,))}
+    assert not report.ok
+    with tsf.open_run(build.url) as run:
+        assert run["x"].read(step=0) == 0
+        assert run["y"].read(step=1)[0, 0] == 1
+        with pytest.raises(FormatError):
+            run["y"].read(step=0)
+    again = recover(build.url)
+    assert not again.actions
