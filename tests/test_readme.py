@@ -1,7 +1,11 @@
-"""The examples of README.md run, in their order, and its links lead somewhere."""
+"""The examples of README.md run, in their order, and its links lead somewhere.
+
+Python examples that are marked need torch: they run where it is installed.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -13,9 +17,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+HAS_TORCH = importlib.util.find_spec("torch") is not None
 
 _BLOCK = re.compile(
-    r"^(?P<mark><!-- run -->\n)?```(?P<kind>python|console)\n(?P<text>.*?)^```$",
+    r"^(?P<mark><!-- (?:run|torch) -->\n)?```(?P<kind>python|console)\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
 _LINK = re.compile(r"\[[^\]]*\]\((?!https?:|#)([^)#\s]+)(?:#[^)]*)?\)")
@@ -69,6 +74,8 @@ def test_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     namespace: dict[str, object] = {"__name__": "readme"}
     for example in examples:
         if example.kind == "python":
+            if example.is_marked and not HAS_TORCH:
+                continue
             # Blank lines first, so that a traceback has the README's line numbers.
             source = "\n" * example.line + example.text
             exec(compile(source, str(README), "exec"), namespace)
