@@ -196,6 +196,11 @@ class TorchHook:
         if self._steps is not None:
             self._steps.end()
 
+    def skip(self) -> None:
+        """Save nothing more until the next step begins."""
+        if self._steps is not None:
+            self._steps.recorder.is_due = False
+
     def set_step(self, step: int, mode: str | None = "TRAIN") -> None:
         """Begin a step with a number of the caller's; from then on only this begins steps.
 
