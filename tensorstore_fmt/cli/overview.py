@@ -43,6 +43,7 @@ def _facts(run: Run) -> tuple[dict[str, Any], dict[str, list[int]]]:
     steps = {mode: found for mode, found in every.items() if found}
     raw = sum(table["raw_nbytes"].to_pylist())
     stored = sum(table["stored_nbytes"].to_pylist())
+    companions, alerts = _alerts(run)
     facts = {
         "run": run.describe(),
         "run_id": run.run_id,
@@ -62,9 +63,19 @@ def _facts(run: Run) -> tuple[dict[str, Any], dict[str, list[int]]]:
         "raw_nbytes": raw,
         "stored_nbytes": stored,
         "ratio": raw / stored if stored else None,
+        "companions": companions,
+        "alerts": alerts,
         "damage": [describe(problem) for problem in run.damage],
     }
     return facts, steps
+
+
+def _alerts(run: Run) -> tuple[int, int]:
+    """Count the companion runs of rules, and what they found; one LIST if there are none."""
+    from tensorstore_fmt.rules.records import alerts_by_companion  # NumPy and Arrow
+
+    found = alerts_by_companion(run)
+    return len(found), sum(found)
 
 
 def _show(facts: dict[str, Any], steps: dict[str, list[int]], output: Output) -> None:
@@ -80,6 +91,7 @@ def _show(facts: dict[str, Any], steps: dict[str, list[int]], output: Output) ->
         *((_label(mode), f"{len(s):,}: {steps_text(s)}") for mode, s in steps.items()),
         ("steps", None if steps else "none yet"),
         ("size", _size(facts)),
+        ("alerts", _alerts_text(facts)),
     ]
     width = max(len(label) for label, text in rows if text is not None)
     for label, text in rows:
@@ -89,6 +101,13 @@ def _show(facts: dict[str, Any], steps: dict[str, list[int]], output: Output) ->
         output.line(f"attr  {key} = {_attribute(value)}")
     for problem in facts["damage"]:
         output.line(f"DAMAGE  {problem['message']} ({problem['code']})")
+
+
+def _alerts_text(facts: dict[str, Any]) -> str | None:
+    if not facts["companions"]:
+        return None
+    found = facts["alerts"]
+    return f"{found:,} (see watch --alerts)" if found else "none: rules were evaluated"
 
 
 def _time(facts: dict[str, Any]) -> str:

@@ -25,18 +25,20 @@ VERBS: Final = {
     "compact": "upkeep.compact",
     "export": "exporting.export",
     "import": "importing.import_",
+    "watch": "watch.watch",
     "demo": "demonstration.demo",
 }
 """The function of each verb: module of this package and name."""
 
-_LATE: Final = {"ls": "pattern", "info": "url", "slice": "index", "demo": "url"}
+_LATE: Final = {"ls": "pattern", "info": "url", "slice": "index", "watch": "url", "demo": "url"}
 
 _EPILOG: Final = """\
 URL is a folder, or whatever fsspec can open: s3://bucket/run, memory://run, https://host/run …
 Credentials come from where they always do (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ~/.aws …).
 
 Every verb takes --json: one JSON document on stdout, strict, with "nan", "inf" and "-inf" as
-strings; a failure is {"error": {"code": …, "message": …, "facts": {…}}}.
+strings (watch: one object a line, as things happen); a failure is
+{"error": {"code": …, "message": …, "facts": {…}}}.
 
 Exit codes: 0 fine, 1 a problem was found (not there, damaged, storage failed), 2 wrong usage.
 

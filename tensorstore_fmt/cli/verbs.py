@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def add_verbs(verbs: Verbs, common: argparse.ArgumentParser) -> None:
     """Add all verbs to a parser; each also has the `common` options."""
-    for add in (_add_reading, _add_upkeep, _add_export, _add_import, _add_demo):
+    for add in (_add_reading, _add_upkeep, _add_export, _add_import, _add_watch, _add_demo):
         add(verbs, common)
 
 
@@ -227,6 +227,48 @@ def _add_import(verbs: Verbs, common: argparse.ArgumentParser) -> None:
         "in the file's name, else in the nearest folder's)",
     )
     parser.add_argument("--mode", metavar="MODE", help="safetensors, npz: TRAIN, EVAL or PREDICT")
+
+
+def _add_watch(verbs: Verbs, common: argparse.ArgumentParser) -> None:
+    parser = _add(
+        verbs,
+        common,
+        "watch",
+        "evaluate rules on a run, while it is written or afterwards",
+        "Exit code 1 if a rule fired or failed. What is found stays in the run: see --alerts.\n\n"
+        "  tensorstore-fmt watch RUN --rule all_zero --rule overfit:ratio=0.2,patience=3\n"
+        "  tensorstore-fmt watch RUN --rule 'exploding_tensor:names=^gradient/' --stop\n"
+        "  tensorstore-fmt watch RUN --rule my_package.rules:MyRule:limit=3 --once\n"
+        "  tensorstore-fmt watch RUN --rule similar_across_runs --other RUN2 --once",
+    )
+    parser.add_argument("url", metavar="RUN", nargs="?")
+    parser.add_argument(
+        "--rule",
+        metavar="NAME[:PARAMETER=VALUE,…]",
+        action="append",
+        help="may be given several times; also module:Class, which imports the module",
+    )
+    parser.add_argument("--other", metavar="RUN", action="append", help="a run to compare with")
+    parser.add_argument(
+        "--once", action="store_true", help="evaluate what is complete now, and leave"
+    )
+    parser.add_argument(
+        "--timeout", metavar="SECONDS", type=float, help="leave after so long, closed or not"
+    )
+    parser.add_argument(
+        "--stop", action="store_true", help="ask the training to stop when a rule fires"
+    )
+    parser.add_argument("--webhook", metavar="URL", help="POST each finding as JSON")
+    parser.add_argument("--log", metavar="FILE", help="append each finding as a line of JSON")
+    parser.add_argument(
+        "--no-record", action="store_true", help="do not write what was found to the run"
+    )
+    parser.add_argument(
+        "--alerts", action="store_true", help="show what was found before, and evaluate nothing"
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="show the rules that are known, and their parameters"
+    )
 
 
 def _add_demo(verbs: Verbs, common: argparse.ArgumentParser) -> None:

@@ -20,7 +20,7 @@ from tensorstore_fmt.storage import Storage
 from tensorstore_fmt.writing.options import check_options
 from tensorstore_fmt.writing.run import RunWriter, open_writer
 
-__all__ = ["Evaluation", "Recorder", "alerts", "companions", "count_alerts", "evaluations"]
+__all__ = ["Evaluation", "Recorder", "alerts", "alerts_by_companion", "companions", "evaluations"]
 
 _MIB: Final = 1 << 20
 _TEXTS: Final = ("rule", "mode", "series", "message")
@@ -144,11 +144,15 @@ def companions(run: Run) -> Iterator[Run]:
 def alerts(run: Run) -> list[Finding]:
     """Give what rules found in a run, whoever evaluated them; ascending by step.
 
+    What several runners found alike comes once.
+
     One LIST, and as many rounds as it takes to open and read each companion run. What they say
     is data: nothing is imported or run.
     """
-    found = [finding for companion in companions(run) for finding in _alerts(companion)]
-    return sorted(found, key=lambda f: f.step)
+    found = {
+        repr(finding): finding for companion in companions(run) for finding in _alerts(companion)
+    }  # by its text, as NaN is not equal to itself
+    return sorted(found.values(), key=lambda f: f.step)
 
 
 def _alerts(companion: Run) -> Iterator[Finding]:
@@ -163,13 +167,12 @@ def _alerts(companion: Run) -> Iterator[Finding]:
         yield Finding(**fields)
 
 
-def count_alerts(run: Run) -> int:
-    """Give how many alerts a run has, from the catalogs of its companion runs."""
-    return sum(
-        len(companion["alert/step"].steps)
+def alerts_by_companion(run: Run) -> list[int]:
+    """Give how many alerts there are in each companion run, from their catalogs."""
+    return [
+        companion["alert/step"].step_summary[0] if "alert/step" in companion else 0
         for companion in companions(run)
-        if "alert/step" in companion
-    )
+    ]
 
 
 def evaluations(run: Run) -> list[Evaluation]:

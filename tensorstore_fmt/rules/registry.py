@@ -92,8 +92,11 @@ def make_rule(text: str) -> Rule:
     match = _SPEC.fullmatch(text.strip())
     if match is None:
         raise _unknown(text, f"{text!r:.100} is no rule; write NAME or NAME:parameter=value,…")
-    cls = find_rule(match["name"])
-    return cls.parse(_parameters(text, match["rest"]))
+    name, rest = match["name"], match["rest"]
+    first, _, second = name.partition(":")
+    if second and first in BUILT_IN:  # no module: something that is no parameter=value
+        name, rest = first, second
+    return find_rule(name).parse(_parameters(text, rest))
 
 
 def _parameters(text: str, rest: str | None) -> Mapping[str, str]:

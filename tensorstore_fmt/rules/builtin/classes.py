@@ -26,7 +26,7 @@ class ClassesRule(Rule):
     """
 
     labels: str = parameter(r"(^|/)(labels?|targets?)$", is_pattern=True)
-    predictions: str = parameter(r"(^|/)(predictions?|logits|output)$", is_pattern=True)
+    predictions: str = parameter(r"^output$|(^|/)(predictions?|logits)$", is_pattern=True)
     mode: str | None = parameter(None, choices=("TRAIN", "EVAL", "PREDICT", "NONE"))
     samples: int = parameter(500, least=1)
 

@@ -1,0 +1,177 @@
+"""The verb ``watch``: rules on a run, live or finished, and what they found before."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tensorstore_fmt.cli.failures import EXIT_PROBLEM, UsageError, describe
+from tensorstore_fmt.cli.output import Output, json_text
+from tensorstore_fmt.cli.session import open_run, open_url, storage_options
+from tensorstore_fmt.errors import TensorStoreError
+
+if TYPE_CHECKING:
+    from tensorstore_fmt.reading.run import Run
+    from tensorstore_fmt.rules import Action, Finding, Report, Rule
+
+__all__ = ["watch"]
+
+
+def watch(arguments: Namespace, output: Output) -> int:
+    """Evaluate rules until the run is closed; 1 if one fired or failed.
+
+    With ``--json`` one JSON object a line, as things happen.
+    """
+    if arguments.list:
+        return _list(output)
+    if arguments.url is None:
+        raise UsageError("watch needs the URL of a run, or --list")
+    with open_run(arguments, output) as run:
+        if arguments.alerts:
+            return _show_alerts(run, output)
+        return _watch(run, arguments, output)
+
+
+def _watch(run: Run, arguments: Namespace, output: Output) -> int:
+    from tensorstore_fmt.rules import Runner  # NumPy and Arrow, which help needs not
+
+    made = _rules(arguments.rule or ())
+    actions = _actions(arguments)
+    options = storage_options(arguments)
+    others = [open_url(url, options) for url in arguments.other or ()]
+    try:
+        with Runner(
+            run,
+            made,
+            others=others,
+            actions=actions,
+            record=not arguments.no_record,
+            found=lambda finding: _say(finding, output),
+        ) as runner:
+            if arguments.once:
+                runner.evaluate_new()
+                runner.look_at_clock()
+            else:
+                runner.follow(timeout_s=arguments.timeout)
+            report = runner.report
+    finally:
+        for other in others:
+            other.close()
+    _summarise(report, made, output)
+    return 0 if report.ok else EXIT_PROBLEM
+
+
+def _rules(texts: Sequence[str]) -> list[Rule]:
+    """Make the rules; their errors are the command line's.
+
+    Raises
+    ------
+    UsageError
+    """
+    from tensorstore_fmt.rules import make_rule
+
+    if not texts:
+        raise UsageError("watch needs --rule NAME (see --list), or --alerts")
+    try:
+        return [make_rule(text) for text in texts]
+    except TensorStoreError as error:
+        raise UsageError(error.message, code=error.code, **error.facts) from error
+
+
+def _actions(arguments: Namespace) -> list[Action]:
+    from tensorstore_fmt.rules import AlertLog, StopTraining, Webhook
+
+    actions: list[Action] = []
+    if arguments.stop:
+        actions.append(StopTraining())
+    if arguments.log:
+        actions.append(AlertLog(arguments.log))
+    if arguments.webhook:
+        actions.append(Webhook(arguments.webhook))
+    return actions
+
+
+def _say(finding: Finding, output: Output) -> None:
+    if output.is_json:
+        _line({"alert": finding.as_dict()})
+    else:
+        output.line(str(finding))
+        sys.stdout.flush()
+
+
+def _summarise(report: Report, made: Sequence[Rule], output: Output) -> None:
+    rows = [
+        {
+            "rule": rule.name,
+            "parameters": rule.settings,
+            "steps": report.steps[rule.name],
+            "found": report.found[rule.name],
+            "failure": _failure(report.failures.get(rule.name)),
+        }
+        for rule in made
+    ]
+    if output.is_json:
+        _line({"summary": rows})
+        return
+    for row in rows:
+        said = f"{row['steps']:,} steps, {row['found']:,} found"
+        if row["failure"] is not None:
+            said += f", FAILED: {row['failure']['message']}"
+        output.note(f"{row['rule']}: {said}")
+
+
+def _failure(error: Exception | None) -> Any:  # noqa: ANN401 - for JSON
+    if error is None:
+        return None
+    if isinstance(error, TensorStoreError | OSError):
+        return describe(error)
+    return {"code": "rule_failed", "message": f"{type(error).__name__}: {error}", "facts": {}}
+
+
+def _show_alerts(run: Run, output: Output) -> int:
+    """Give what was found before; 1 if there is anything."""
+    from tensorstore_fmt.rules import alerts
+
+    found = alerts(run)
+    if output.is_json:
+        output.json({"run": run.describe(), "alerts": [each.as_dict() for each in found]})
+    else:
+        for each in found:
+            output.line(str(each))
+    return EXIT_PROBLEM if found else 0
+
+
+def _list(output: Output) -> int:
+    """Give the rules that are known, with their parameters."""
+    from tensorstore_fmt.rules import BUILT_IN, rule_names
+
+    names = rule_names()
+    if output.is_json:
+        output.json({"rules": [_described(name, text) for name, text in names.items()]})
+        return 0
+    for name, text in names.items():
+        output.line(f"{name}  {text}")
+        if name in BUILT_IN:
+            for parameter in BUILT_IN[name].parameters.values():
+                output.line(f"    {parameter.name}={parameter.default}")
+    return 0
+
+
+def _described(name: str, text: str) -> dict[str, Any]:
+    from tensorstore_fmt.rules import BUILT_IN
+
+    row: dict[str, Any] = {"rule": name, "summary": text}
+    if name in BUILT_IN:
+        row["parameters"] = {
+            each.name: {"type": each.text, "default": each.default}
+            for each in BUILT_IN[name].parameters.values()
+        }
+    return row
+
+
+def _line(document: Mapping[str, object]) -> None:
+    """Print one object on one line, at once: somebody may wait for it."""
+    print(json_text(document))
+    sys.stdout.flush()
