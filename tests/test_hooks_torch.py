@@ -233,6 +233,35 @@ def test_modes_count_their_own_steps(url: Path) -> None:
         assert run.steps(mode="PREDICT").size == 0
 
 
+@pytest.mark.parametrize("is_keyword", [False, True])
+def test_gradients_that_a_closure_computes_are_of_its_step(
+    url: Path,
+    is_keyword: bool,
+) -> None:
+    model, optimizer, criterion = build()
+    seen = []
+
+    def closure() -> Any:
+        optimizer.zero_grad()
+        loss = criterion(model(x)["logits"], y)
+        loss.backward()
+        seen.append(model.head.weight.grad.clone())
+        return loss
+
+    with attach(
+        model, url, optimizer=optimizer, collections=["gradients"], every=1, on_error="raise"
+    ):
+        for step in range(3):
+            x, y = batch(step)
+            result = optimizer.step(closure=closure) if is_keyword else optimizer.step(closure)
+            assert result > 0
+    with tsf.open_run(url) as run:
+        assert run["gradient/head.weight"].steps.tolist() == [0, 1, 2]
+        for step in range(3):
+            saved_one = run["gradient/head.weight"].read(step=step)
+            assert np.array_equal(saved_one, seen[step].numpy())
+
+
 def test_steps_told_by_the_caller(url: Path) -> None:
     parts = build()
     with attach(parts[0], url, optimizer=parts[1], collections=["weights"], every=50) as hook:

@@ -35,6 +35,11 @@ class LateRun:
         As `create_run` takes them.
     resume
         Whether to go on in a finished run, too; else that is an error.
+
+    Attributes
+    ----------
+    num_workers
+        Of the run; to be set before it is opened.
     """
 
     def __init__(
@@ -46,6 +51,7 @@ class LateRun:
     ) -> None:
         self.url = os.fspath(url)
         self.resume = resume
+        self.num_workers = int(options.pop("num_workers", 1))
         self._options = options
         self._guard = Guard(options.get("on_error", "warn"))
         self._hparams: dict[str, object] = {}
@@ -102,7 +108,7 @@ class LateRun:
         """
         with self._lock:
             if self._writer is None or self._writer.is_closed:
-                options = {**self._options, **told}
+                options = {"num_workers": self.num_workers, **self._options, **told}
                 if "resume_from" not in options:
                     options["resume_from"] = self._find_resume_from(step)
                 attrs = {**(options.pop("attrs", None) or {})}
@@ -182,12 +188,12 @@ def open_on_all_ranks(
     is_parallel = distributed.is_available() and distributed.is_initialized()
     rank = distributed.get_rank() if is_parallel else 0
     ranks = distributed.get_world_size() if is_parallel else 1
-    writers = ranks if all_write else 1
+    if all_write:
+        run.num_workers = ranks
     said: list[Any] = [None]
     if rank == 0:
         try:
-            writer = run.open(step, num_workers=writers)
-            said = [writer.attempt]
+            said = [run.open(step).attempt]
         except (OSError, TensorStoreError) as error:
             said = [error]  # the others would wait for ever
     if is_parallel:
@@ -199,7 +205,7 @@ def open_on_all_ranks(
         mine = run.writer
     elif all_write:
         # Which attempt it is says all: it has the step that rank 0 found out.
-        mine = run.open(step, worker=rank, num_workers=writers, attempt=said[0], resume_from=None)
+        mine = run.open(step, worker=rank, attempt=said[0], resume_from=None)
     watcher = None
     if is_stoppable:
         watcher = StopWatcher(

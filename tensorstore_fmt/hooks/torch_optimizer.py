@@ -50,9 +50,8 @@ class OptimizerHooks:
         guard = self._guard
         handles = []
         for optimizer in self._optimizers:
-            before = guard("parameters and gradients", self._before_step)
             after = guard("the optimizer's state", self._after_step)
-            handles.append(optimizer.register_step_pre_hook(before))
+            handles.append(optimizer.register_step_pre_hook(self._before_step))
             handles.append(optimizer.register_step_post_hook(after))
         if not self._optimizers and self._chooser.may_want("gradient"):
             for name, parameter in self._module.named_parameters():
@@ -84,8 +83,25 @@ class OptimizerHooks:
                 recorder.take("buffer", name, buffer)
 
     def _before_step(
-        self, optimizer: torch.optim.Optimizer, _args: object, _kwargs: object
-    ) -> None:
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Save now; or, if a closure computes the gradients within the step, after it did."""
+        take = self._guard("parameters and gradients", self._take_step)
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if not callable(closure):
+            take(optimizer)
+            return None
+
+        def computed() -> object:
+            loss: object = closure()
+            take(optimizer)
+            return loss
+
+        if len(args) > 1:
+            return (args[0], computed, *args[2:]), kwargs
+        return args, {**kwargs, "closure": computed}
+
+    def _take_step(self, optimizer: torch.optim.Optimizer) -> None:
         recorder = self._recorder
         if not recorder.is_due:
             return
