@@ -36,6 +36,8 @@ from tensorstore_fmt.hooks.reductions import Reductions
 from tensorstore_fmt.hooks.schedule import SaveConfig
 from tensorstore_fmt.hooks.torch_modules import inner_module
 from tensorstore_fmt.hooks.torch_steps import Steps
+from tensorstore_fmt.hooks.torch_stopping import StopHook
+from tensorstore_fmt.rules.stopping import StopWatcher
 from tensorstore_fmt.writing.convert import check_mode, check_step
 from tensorstore_fmt.writing.run import RunWriter, create_run
 
@@ -57,6 +59,7 @@ def attach(
     prefix: str = "",
     workers: Literal["all", "one"] = "all",
     start_step: int = 0,
+    stoppable: bool = False,
     on_error: Literal["warn", "raise"] = "warn",
     **options: Any,  # noqa: ANN401 - those of create_run, checked there
 ) -> TorchHook:
@@ -91,6 +94,10 @@ def attach(
         ``"one"``: ranks other than 0 save nothing.
     start_step
         Number of the first step, for a job that goes on (with ``resume_from=`` the same).
+    stoppable
+        Whether a request to stop (`tensorstore_fmt.rules.request_stop`, ``watch --stop``) ends the
+        training: the forward that would begin the next step of mode TRAIN, or `set_step`, raises
+        `TrainingStopped` then, on all ranks at the same step. All ranks have to attach.
     on_error
         ``"warn"``: nothing a hook meets is raised into the training.
 
@@ -116,7 +123,9 @@ def attach(
     guard = Guard(on_error)
     rank, ranks = _rank()
     if workers == "one" and rank != 0:
-        return TorchHook(None, None, guard)
+        place = options.get("storage_options")
+        stop = _stop_hook(module, optimizers, run, workers, place) if stoppable else None
+        return TorchHook(None, None, guard, stop=stop)
     owns_run = not isinstance(run, RunWriter)
     if options and not owns_run:
         raise ArgumentError(
@@ -142,7 +151,33 @@ def attach(
         first=start_step,
     )
     steps.register()
-    return TorchHook(writer, steps, guard, owns_run=owns_run)
+    stop = _stop_hook(module, optimizers, writer, workers, None) if stoppable else None
+    return TorchHook(writer, steps, guard, owns_run=owns_run, stop=stop)
+
+
+def _stop_hook(
+    module: torch.nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    run: RunWriter | str | os.PathLike[str],
+    workers: str,
+    storage_options: Mapping[str, object] | None,
+) -> StopHook:
+    """Watch for requests; where one rank writes, it tells the others which attempt this is."""
+    rank, ranks = _rank()
+    attempt = run.attempt if isinstance(run, RunWriter) else None
+    if workers == "one" and ranks > 1:
+        said = [attempt]
+        torch.distributed.broadcast_object_list(said, src=0)
+        attempt = said[0]
+    if not isinstance(run, RunWriter):
+        watcher = StopWatcher(
+            run, worker=rank, num_workers=ranks, attempt=attempt, storage_options=storage_options
+        )
+    else:
+        watcher = StopWatcher(run, worker=rank, num_workers=ranks)
+    stop = StopHook(module, optimizers, watcher)
+    stop.register()
+    return stop
 
 
 def _rank() -> tuple[int, int]:
@@ -164,12 +199,19 @@ class TorchHook:
     """What `attach` gives: remove it, or use it in a ``with`` statement."""
 
     def __init__(
-        self, run: RunWriter | None, steps: Steps | None, guard: Guard, *, owns_run: bool = False
+        self,
+        run: RunWriter | None,
+        steps: Steps | None,
+        guard: Guard,
+        *,
+        owns_run: bool = False,
+        stop: StopHook | None = None,
     ) -> None:
         self._run = run
         self._steps = steps
         self._guard = guard
         self._owns_run = owns_run
+        self._stop = stop
 
     @property
     def run(self) -> RunWriter | None:
@@ -193,6 +235,8 @@ class TorchHook:
 
     def end_step(self) -> None:
         """End the present step here, for trainings that the rules of `attach` do not fit."""
+        if self._stop is not None:
+            self._stop.end()
         if self._steps is not None:
             self._steps.end()
 
@@ -210,9 +254,13 @@ class TorchHook:
         ------
         ArgumentError
             A step below 0, or no mode.
+        TrainingStopped
+            With ``stoppable``: somebody asked for it.
         """
         step = check_step(step)
         check_mode(mode)
+        if self._stop is not None:
+            self._stop.tell(step, mode)
         if self._steps is not None:
             self._steps.tell(step, mode)
 
@@ -226,19 +274,22 @@ class TorchHook:
             No such mode.
         """
         check_mode(mode)
-        if self._steps is None:
-            yield
-            return
-        before, self._steps.forced_mode = self._steps.forced_mode, mode
-        self._steps.end()
+        told = [each for each in (self._steps, self._stop) if each is not None]
+        before = [each.forced_mode for each in told]
+        for each in told:
+            each.forced_mode = mode
+            each.end()
         try:
             yield
         finally:
-            self._steps.forced_mode = before
-            self._steps.end()
+            for each, forced in zip(told, before, strict=True):
+                each.forced_mode = forced
+                each.end()
 
     def remove(self) -> None:
         """Remove all hooks from module and optimizer; closes the run if `attach` created it."""
+        if self._stop is not None:
+            self._stop.remove()
         if self._steps is not None:
             self._steps.remove()
         if self._owns_run and self._run is not None and not self._run.is_closed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -82,3 +83,31 @@ def fsdp(rank: int, url: str) -> None:
             optimizer.step()
             if rank == 0:
                 hook.log({f"check/{name}": tensor for name, tensor in whole.items()})
+
+
+def ddp_until_stopped(rank: int, url: str, workers: Any, out: str) -> None:
+    """Train until somebody asks to stop; rank 1 is slower, rank 0 evaluates now and then."""
+    from tensorstore_fmt.rules import TrainingStopped, request_stop
+
+    model = torch.nn.parallel.DistributedDataParallel(_model())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    done = 0
+    with attach(
+        model, url, optimizer=optimizer, collections=["losses"], every=1, workers=workers,
+        stoppable=True, on_error="raise",
+    ):  # fmt: skip
+        try:
+            for step in range(1_000_000):
+                if rank == 0 and step % 3 == 2:
+                    with torch.no_grad():
+                        model.eval()
+                        model.module(_batch(rank, step))
+                        model.train()
+                optimizer.zero_grad()
+                model(_batch(rank, step)).pow(2).sum().backward()
+                optimizer.step()
+                done += 1
+                if rank == 1 and step == 5:
+                    request_stop(url, "enough")
+        except TrainingStopped as stopped:
+            Path(f"{out}-{rank}").write_text(f"{done} {stopped.step} {stopped.reason}")
