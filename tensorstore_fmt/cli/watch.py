@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -152,10 +153,19 @@ def _list(output: Output) -> int:
         output.json({"rules": [_described(name, text) for name, text in names.items()]})
         return 0
     for name, text in names.items():
-        output.line(f"{name}  {text}")
-        if name in BUILT_IN:
-            for parameter in BUILT_IN[name].parameters.values():
-                output.line(f"    {parameter.name}={parameter.default}")
+        if name not in BUILT_IN:
+            output.line(f"{name}  {text}")
+            continue
+        cls = BUILT_IN[name]
+        output.line(name)
+        for line in (inspect.getdoc(cls) or "").splitlines():
+            output.line(f"    {line}" if line else "")
+        said = [
+            each.name if each.is_required else f"{each.name}={each.default}"
+            for each in cls.parameters.values()
+        ]
+        output.line(f"    Parameters: {', '.join(said)}")
+        output.line()
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Sequence
 from types import TracebackType
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from tensorstore_fmt.writing.run import RunWriter
 
 __all__ = ["RulesInside", "run_inside"]
+
+
+_logger = logging.getLogger("tensorstore_fmt")
 
 
 class _HasRun(Protocol):
@@ -61,6 +65,8 @@ class RulesInside:
     def __init__(self, runner: Runner | None, writer: RunWriter | None) -> None:
         self._runner = runner
         self._writer = writer
+        self.failure: Exception | None = None
+        """Why the rules ended before the training, if they did."""
         self._end = threading.Event()
         self._thread: threading.Thread | None = None
         if runner is not None:
@@ -91,6 +97,9 @@ class RulesInside:
         try:
             with runner:
                 runner.follow(stop=self._end)
+        except Exception as error:  # noqa: BLE001 - the training goes on without its rules
+            self.failure = error
+            _logger.warning("the rules ended: %s: %s", type(error).__name__, error)
         finally:
             run.close()
 

@@ -13,7 +13,7 @@ from functools import partial
 from types import TracebackType
 from typing import Final, Self
 
-from tensorstore_fmt.errors import ArgumentError
+from tensorstore_fmt.errors import ArgumentError, TensorStoreError
 from tensorstore_fmt.reading.run import Run, open_run
 from tensorstore_fmt.rules.actions import Action
 from tensorstore_fmt.rules.block import Block
@@ -271,7 +271,14 @@ class Runner:
         """Begin the companion run when there is something to write."""
         if self._records and self._recorder is None:
             run = self._run
-            self._recorder = Recorder(run._session.storage, run.run_id, self._rules)
+            try:
+                self._recorder = Recorder(run._session.storage, run.run_id, self._rules)
+            except (OSError, TensorStoreError) as error:
+                error.add_note(
+                    "what rules find is kept in the run; where nothing can be written use "
+                    "record=False (--no-record)"
+                )
+                raise
         return self._recorder
 
 

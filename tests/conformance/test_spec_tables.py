@@ -20,7 +20,8 @@ from conformance.independent_reader.arrow_page import SCHEMAS as SECOND_SCHEMAS
 from robustness.fuzz_corpus import RUNS
 from support.mutate import irrelevant, unnoticed_places
 
-from tensorstore_fmt import dtypes, errors
+import tensorstore_fmt as tsf
+from tensorstore_fmt import dtypes, errors, rules
 from tensorstore_fmt import format as formats
 from tensorstore_fmt.format import layout
 
@@ -55,6 +56,7 @@ def test_all_tables_are_checked() -> None:
     assert tables.names() == [
         "segment header", "root row", "catalog", "shards", "entries", "dtypes", "codecs",
         "statistics", "shard", "bundle header", "bundle row", "unnoticed", "limits", "codes",
+        "companion",
     ]  # fmt: skip
 
 
@@ -194,6 +196,28 @@ def _codes() -> set[str]:
 
 def _format_errors(cls: type[errors.FormatError]) -> set[str]:
     return {cls.default_code}.union(*map(_format_errors, cls.__subclasses__()))
+
+
+def test_companion_runs_have_the_series_of_the_table() -> None:
+    class Failing(rules.Rule):
+        def invoke_at_step(self, step: int, view: rules.View) -> bool:
+            raise ValueError("mine")
+
+    url = "memory://spec/companion"
+    with tsf.create_run(url) as run:
+        run.log({"w": np.nan}, step=0)
+    rules.evaluate(url, [rules.ExplodingTensor(), Failing()], on_error="warn")
+    said = {
+        name.replace("{rule}", "failing")
+        for row in tables.table("companion")
+        for name in re.findall(r"`([^`]+)`", row["name"])
+    }
+    with tsf.open_run(url) as run:
+        for companion in rules.companions(run):
+            assert set(companion.names()) == said
+            assert companion.attrs["companion_of"] == run.run_id
+            assert companion.attrs["kind"] == "rules"
+        assert len(rules.alerts(run)) == 1
 
 
 def test_codes_are_those_of_the_errors() -> None:
