@@ -30,10 +30,9 @@ class LongRun:
 
 LONG_RUNS = {
     "C1": LongRun("test_crash_kill.py", 20),
-    "C2": LongRun("test_crash_calls.py", 3, "crash"),
-    "C2-S3": LongRun("test_bucket_crash.py", 3),
+    "C2-C4": LongRun("test_crash_calls.py", 3),
+    "C2-C4-S3": LongRun("test_bucket_crash.py", 3),
     "C3": LongRun("test_crash_power_loss.py", 50),
-    "C4": LongRun("test_crash_calls.py", 3, "fails"),
     "C5": LongRun("test_crash_disk_full.py", 3),
     "C6": LongRun("test_crash_memory.py", 3),
     "C7": LongRun("test_crash_exits.py", 3),

@@ -18,7 +18,14 @@ from tensorstore_fmt.storage import Storage, open_storage
 from tensorstore_fmt.testing.storage import FaultyStorage, Operation
 from tensorstore_fmt.upkeep import inventory, verify, verifying
 from tensorstore_fmt.upkeep.boxes import Boxes
-from tensorstore_fmt.upkeep.report import Action, CompactReport, Lost, Problem, RecoverReport
+from tensorstore_fmt.upkeep.report import (
+    Action,
+    CompactReport,
+    Lost,
+    Problem,
+    RecoverReport,
+    VerifyReport,
+)
 
 ROW = np.zeros(1, page.ENTRY_ROW)[0]
 
@@ -595,6 +602,11 @@ def test_reports_stay_short() -> None:
     many = tuple((f"n{n}", tuple(range(30))) for n in range(25))
     text = str(Problem(code="checksum", severity="damage", file="f", what="w", names=many))
     assert "5 more names" in text
+    verified = VerifyReport(
+        url="u", problems=(), segments=1, shards=2, entries=3, chunks=1, nbytes=5_000_000,
+        unreferenced_nbytes=1_500_000,
+    )  # fmt: skip
+    assert "1 segment, 2 shards, 3 entries, 1 chunk, 5.0 MB (1.5 MB of payload" in str(verified)
     assert "f at 1,000: w" in str(
         Problem(code="c", severity="note", file="f", offset=1000, what="w")
     )
