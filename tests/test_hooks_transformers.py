@@ -177,11 +177,12 @@ def test_going_on_from_a_checkpoint(tmp_path: Path) -> None:
                 raise KeyboardInterrupt
 
     where = tmp_path / "run"
-    first = trainer(tmp_path, RunCallback(where, collections=["weights"], every=1))
+    callback = RunCallback(where, collections=["weights"], every=1)
+    first = trainer(tmp_path, callback)
     first.add_callback(Die())
     with pytest.raises(KeyboardInterrupt):
         first.train()
-    first.callback_handler.callbacks.clear()
+    callback._run.flush()  # a second later it had done so itself
     second = trainer(tmp_path, RunCallback(where, collections=["weights"], every=1))
     second.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
     with tsf.open_run(where) as run:
