@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tensorstore_fmt import dtypes
-from tensorstore_fmt.errors import FormatError, NotThereError
+from tensorstore_fmt.errors import NotThereError
 from tensorstore_fmt.format import layout, statistics
 from tensorstore_fmt.reading.entries import Query
 from tensorstore_fmt.reading.modes import MODE_NAMES, mode_number
@@ -22,7 +22,6 @@ from tensorstore_fmt.reading.run import Run
 from tensorstore_fmt.reading.selection import Index
 from tensorstore_fmt.reading.stats import derived, vectors
 from tensorstore_fmt.reading.steps import StepSet
-from tensorstore_fmt.reading.steptable import step_rows
 from tensorstore_fmt.reading.tensor import Tensor
 from tensorstore_fmt.reading.timeline import timelines
 from tensorstore_fmt.reading.view import Source
@@ -98,11 +97,6 @@ class Column:
         total: _F64 = self.rows[:, 1:4].sum(axis=1)
         return total
 
-    def up_to(self, step: int) -> Column:
-        """Give the rows of steps up to one."""
-        end = int(self.step.searchsorted(step, side="right"))
-        return Column(self.series, self.step[:end], self.rows[:end])
-
 
 def of_modes(needs: Sequence[Needs], mode: int) -> list[Needs]:
     """Give what is needed of a mode."""
@@ -166,12 +160,9 @@ class Block:
         """Modes whose steps it has."""
         return tuple(MODE_NAMES[mode] for mode in self._steps)
 
-    def steps(self, mode: str | None = None) -> _I64:
-        """Give the logged steps of a mode, or of all, ascending."""
-        number = mode_number(mode)
-        if number is not None:
-            return self._steps.get(number, np.empty(0, np.int64))
-        return np.unique(np.concatenate([np.empty(0, np.int64), *self._steps.values()]))
+    def steps(self, mode: str) -> _I64:
+        """Give the logged steps of one of its modes, ascending."""
+        return self._steps[MODE_NAMES.index(mode)]
 
     # --- statistics ----------------------------------------------------------------
 
@@ -248,6 +239,8 @@ class Block:
     def read(self, items: Sequence[Item], *, other: int | None = None) -> Iterator[Any]:
         """Give values one after the other; few are in memory, and each is fetched once.
 
+        Arrays are read-only, as other rules may get the same.
+
         Parameters
         ----------
         items
@@ -279,6 +272,8 @@ class Block:
         return [found[key] for key in keys]
 
     def _keep(self, key: tuple[int, Series, int, str], value: object) -> None:
+        if isinstance(value, np.ndarray):
+            value.flags.writeable = False
         self._values[key] = value
         self._values_nbytes += getattr(value, "nbytes", 0)
         while self._values_nbytes > MOST_VALUE_NBYTES:
@@ -292,16 +287,6 @@ class Block:
         return max((step_nbytes(source) for source in sources), default=0)
 
     # --- the rest ----------------------------------------------------------------------
-
-    def wall_times(self) -> tuple[_I64, _F64]:
-        """Give the steps and when each was first logged, in seconds since 1970."""
-        parts = [step_rows(self.run._session, mode, self.low, self.high) for mode in self._steps]
-        step = np.concatenate([part.step for part in parts])
-        time = np.concatenate([part.wall_time_us for part in parts])
-        order = np.lexsort((time, step))
-        step, time = step[order], time[order]
-        is_first = np.concatenate([[True], step[1:] != step[:-1]]) if len(step) else step > 0
-        return step[is_first], time[is_first] / 1e6
 
     def views(self, needs: Sequence[Needs]) -> Iterator[View]:
         """Give a view of each step of each mode, ascending; of what `needs` lists."""
@@ -375,15 +360,15 @@ def _has_in_index(view: Snapshot, series: Series) -> bool:
 
 def _read(run: Run, items: Sequence[Item], *, may_lack: bool) -> list[Any]:
     session = run._session
-    if may_lack:
+    asks = [
+        Tensor(session, _whole(series)).ask(step=step, index=index) for series, step, index in items
+    ]
+    try:
+        return read(session, asks)
+    except NotThereError:
+        if not may_lack:
+            raise
         return [_read_one(run, item) for item in items]
-    return read(
-        session,
-        [
-            Tensor(session, _whole(series)).ask(step=step, index=index)
-            for series, step, index in items
-        ],
-    )
 
 
 def _read_one(run: Run, item: Item) -> Any:  # noqa: ANN401 - an array or a text
@@ -392,9 +377,6 @@ def _read_one(run: Run, item: Item) -> Any:  # noqa: ANN401 - an array or a text
         return Tensor(run._session, _whole(series)).read(step=step, index=index)
     except NotThereError:
         return None
-    except FormatError as error:
-        error.add_note(f"in {run.describe()}, with which a rule compares")
-        raise
 
 
 def _whole(series: Series) -> Query:

@@ -15,8 +15,18 @@ from support.rule_runs import make_run, memory
 import tensorstore_fmt as tsf
 from tensorstore_fmt import rules
 from tensorstore_fmt.errors import ArgumentError, NotThereError, StepNotFoundError
-from tensorstore_fmt.rules import Finding, Needs, Rule, Series, View, find_rule, make_rule
+from tensorstore_fmt.rules import (
+    Finding,
+    Needs,
+    Rule,
+    Series,
+    View,
+    block,
+    find_rule,
+    make_rule,
+)
 from tensorstore_fmt.rules.rule import Outcome
+from tensorstore_fmt.testing.servers import serve_http
 from tensorstore_fmt.testing.writers import create_test_run
 
 
@@ -420,3 +430,91 @@ def test_a_later_attempt_is_evaluated_anew() -> None:
         assert runner.evaluate_new() == 2
         assert [f.step for f in runner.report.findings] == [7, 7, 9]
         assert runner.report.steps["exploding_tensor"] == 16
+
+
+# --- limits ------------------------------------------------------------------------------------
+
+
+def test_few_values_are_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many a rule asks for: they come in groups, and old ones are forgotten."""
+    values = np.random.default_rng(0).random((9, 30, 30), np.float32)
+    url = make_run(range(9), w=lambda s: values[s], words=lambda s: ["a" * 500, str(s)])
+    monkeypatch.setattr(block, "MOST_VALUE_NBYTES", 2 * values[0].nbytes)
+
+    class Reading(rules.Rule):
+        def needs(self) -> Sequence[Needs]:
+            return [Needs(names="w", values=True)]
+
+        def invoke_on(self, part: rules.Block) -> list[Finding]:
+            for series, steps in part.saved("^w$"):
+                for times in range(2):
+                    items = [(series, step, np.s_[times]) for step in steps.tolist()]
+                    for step, value in zip(steps.tolist(), part.read(items), strict=True):
+                        np.testing.assert_array_equal(value, values[step][times])
+                for step, value in zip(
+                    steps.tolist(),
+                    part.read([(series, step, ()) for step in steps.tolist()]),
+                    strict=True,
+                ):
+                    np.testing.assert_array_equal(value, values[step])
+                    assert part._values_nbytes <= 2 * values[0].nbytes
+            return []
+
+    report = rules.evaluate(url, [Reading()], record=False)
+    assert report.steps["reading"] == 9
+
+
+def test_a_rule_reads_other_runs_up_to_its_step() -> None:
+    first, second = (make_run(range(6), w=lambda s, n=n: np.full(3, s + n)) for n in (0, 10))
+    shorter = make_run(range(2), w=lambda s: np.full(3, -1))
+
+    def look(view: View) -> None:
+        theirs, fewer = view.others("w")
+        assert theirs.tolist() == [view.step + 10] * 3
+        assert (fewer is None) == (view.step >= 2)
+
+    report = rules.evaluate(first, [Looking(look)], others=[second, shorter], record=False)
+    assert report.steps["looking"] == 6
+
+
+def test_labels_that_do_not_fit() -> None:
+    for labels, predictions in (
+        (np.zeros(3, np.int64), np.zeros((4, 2), np.float32)),
+        (np.array([-1, 0]), np.zeros(2, np.int64)),
+        (np.array([10**6]), np.zeros(1, np.int64)),
+    ):
+        url = make_run(range(1), labels=lambda s, x=labels: x, logits=lambda s, x=predictions: x)
+        with pytest.raises(ValueError, match=r"classes|labels"):
+            rules.evaluate(url, [rules.Confusion()], record=False)
+
+
+def test_a_run_that_cannot_be_written_to(tmp_path: Path) -> None:
+    place = tmp_path / "run"
+    url = make_run(range(2), url=str(place), w=float)
+    (place / "rules").write_text("in the way")
+    with pytest.raises(OSError, match="rules") as caught:
+        rules.evaluate(url, [rules.AllZero()])
+    assert "record=False" in caught.value.__notes__[0]
+    assert rules.evaluate(url, [rules.AllZero(share=0.5)], record=False).found == {"all_zero": 1}
+
+
+def test_a_failure_of_rules_inside_stays_there(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = tmp_path / "run"
+    with tsf.create_run(place) as run:
+        (place / "rules").write_text("in the way")
+        with rules.run_inside(run, [rules.AllZero()]) as inside:
+            for step in range(3):
+                run.log({"w": 1.0}, step=step)
+        assert isinstance(inside.failure, OSError)
+    assert "the rules ended" in caplog.text
+
+
+def test_over_plain_http_there_are_no_alerts_to_list(tmp_path: Path) -> None:
+    url = make_run(range(2), url=str(tmp_path / "run"), w=lambda s: np.nan)
+    rules.evaluate(url, [rules.ExplodingTensor()])
+    tsf.compact(url)
+    with serve_http(tmp_path) as server, tsf.open_run(f"{server.url}/run") as run:
+        assert rules.alerts(run) == []
+        assert rules.evaluate(run, [rules.ExplodingTensor()], record=False).found
