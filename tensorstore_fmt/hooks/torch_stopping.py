@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -38,7 +39,8 @@ class StopHook:
 
     def register(self) -> None:
         """Put the hooks on, before others."""
-        before = torch.compiler.disable(self._before_forward)
+        disable: Callable[..., Any] = torch.compiler.disable  # runs between compiled parts
+        before = disable(self._before_forward)
         self._handles.append(self._inner.register_forward_pre_hook(before, prepend=True))
         for optimizer in self._optimizers:
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
