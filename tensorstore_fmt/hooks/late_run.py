@@ -109,7 +109,9 @@ class LateRun:
         with self._lock:
             if self._writer is None or self._writer.is_closed:
                 options = {"num_workers": self.num_workers, **self._options, **told}
-                if "resume_from" not in options:
+                if self._writer is not None:  # it was closed here; nothing is to be hidden
+                    options["resume_from"] = self._next
+                elif "resume_from" not in options:
                     options["resume_from"] = self._find_resume_from(step)
                 attrs = {**(options.pop("attrs", None) or {})}
                 if self._hparams:
@@ -145,8 +147,6 @@ class LateRun:
             self._writer.close()
 
     def _find_resume_from(self, step: int) -> int | None:
-        if self._writer is not None:  # it was closed here, and goes on
-            return self._next
         try:
             with open_run(self.url, storage_options=self.storage_options) as run:
                 goes_on = self.resume or not run.is_closed
