@@ -94,6 +94,24 @@ def test_values_that_statistics_settle_are_not_read(rule: rules.Rule) -> None:
     assert not [o for o in counting.requests if o.path.startswith("shards/")]
 
 
+def test_frozen_weights_are_hardly_read() -> None:
+    """The index shows that steps share their bytes: of one chunk, and of several.
+
+    Threads that encode the first two steps at once may store a chunk twice, and then it is read.
+    """
+    small, large = RNG.random((50, 50), np.float32), RNG.random((400, 500), np.float32)
+    url = memory()
+    with create_test_run(url) as run:
+        for step in range(8):
+            run.log({"small": small, "large": large, "free": small + step}, step=step)
+    run, counting = counted(url)
+    with run:
+        findings = rules.evaluate(run, [rules.UnchangedTensor()], record=False).findings
+    assert {(f.series, f.step) for f in findings} == {("small", 2), ("large", 2)}
+    chunks = [o for o in counting.requests if o.path.startswith("shards/")]
+    assert sum(o.stop - o.start for o in chunks) <= 2 * (small.nbytes + large.nbytes)
+
+
 def test_many_steps_are_read_in_few_rounds() -> None:
     n = 100_000
     url = memory()

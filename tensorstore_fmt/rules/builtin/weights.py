@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from tensorstore_fmt.rules.block import Block, Column, Item
 from tensorstore_fmt.rules.builtin.statistics import StatisticsRule
 from tensorstore_fmt.rules.parameters import parameter
+from tensorstore_fmt.rules.payloads import are_repeated
 from tensorstore_fmt.rules.rule import Finding, Needs, Rule, Series
 
 __all__ = ["PoorInitialisation", "UnchangedTensor", "WeightUpdateRatio", "close", "may_be_close"]
@@ -62,7 +63,8 @@ class UnchangedTensor(StatisticsRule):
 
     Fires where `num_steps` saved values, one after the other, are alike: |a − b| ≤ `atol` +
     `rtol`·|b| for all elements of two neighbours (`numpy.allclose`). Reads statistics, and
-    values only where these leave it open; one value a series is remembered. Where only statistics
+    values only where these leave it open and the index does not show that both are the same bytes;
+    one value a series is remembered. Where only statistics
     were saved, equal ones count as alike.
     """
 
@@ -120,6 +122,11 @@ class UnchangedTensor(StatisticsRule):
     ) -> list[bool]:
         if not block.run[series.name].has_data:
             return [bool((rows[i] == rows[i - 1]).all()) for i in candidates.tolist()]
+        repeated = are_repeated(block.run, series, steps)[candidates]
+        answers: list[bool] = repeated.tolist()
+        candidates = candidates[~repeated]
+        if not len(candidates):
+            return answers
         wanted = sorted({*candidates.tolist(), *(candidates - 1).tolist()})
         kept = self._value.pop(series, None)
         items: list[Item] = [(series, int(steps[i]), ()) for i in wanted]
@@ -139,7 +146,8 @@ class UnchangedTensor(StatisticsRule):
             before = (i, value)
         if before is not None and before[0] == len(steps) - 1:
             self._value[series] = (int(steps[-1]), before[1])
-        return found
+        rest = iter(found)
+        return [answer or next(rest) for answer in answers]
 
     def look(self, column: Column) -> Any:  # noqa: ANN401 - not used
         """Not used: values may be read."""
