@@ -361,7 +361,7 @@ def test_watch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = main(["watch", url, "--rule", "exploding_tensor", "--log", str(log)])
     out, err = capsys.readouterr()
     assert code == 1
-    assert out == "step 4 [TRAIN] exploding_tensor: w: 1 elements are NaN or infinite\n"
+    assert out == "step 4 [TRAIN] exploding_tensor: w: NaN or infinite elements: 1\n"
     assert "20 steps, 1 found" in err
     assert json.loads(log.read_text("utf-8"))["step"] == 4
     assert main(["watch", url, "--rule", "all_zero", "--once", "--no-record"]) == 0

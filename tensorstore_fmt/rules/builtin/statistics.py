@@ -75,7 +75,7 @@ class ExplodingTensor(StatisticsRule):
         """Count what is not finite."""
         bad = column["nan"] if self.only_nan else column.not_finite
         what = "NaN" if self.only_nan else "NaN or infinite"
-        return bad > 0, bad, 0.0, f"{{:.0f}} elements are {what}"
+        return bad > 0, bad, 0.0, f"{what} elements: {{:.0f}}"
 
 
 class AllZero(StatisticsRule):
