@@ -119,6 +119,8 @@ def check_run(
         if not same:
             raise WrongDataError(f"{key} shows what was never logged: {found!r:.300}")
         prefix = max(prefix, same[0] + 1)
+    while may_drop and _is_dropped_whole(run, oracle.events[prefix : prefix + 1], worker):
+        prefix += 1
     wanted = oracle.state(prefix)
     dropped = 0
     for key, event in wanted.items():
@@ -137,6 +139,12 @@ def check_run(
     _check_unseen(run, oracle, prefix, worker)
     _check_statistics(run, oracle, wanted, worker)
     return Seen(prefix, dropped, len(wanted))
+
+
+def _is_dropped_whole(run: Run, events: Sequence[Event], worker: int | None) -> bool:
+    """Say whether nothing of the next event is visible, but all of it recorded as dropped."""
+    keys = [key for event in events for key in event.keys]
+    return bool(keys) and all(_state(run, key, worker) == "dropped" for key in keys)
 
 
 def _visible(run: Run, worker: int | None) -> dict[Key, tuple[object, ...]]:
