@@ -140,7 +140,7 @@ class Ragged:
 
 def _gather(values: np.ndarray, begins: np.ndarray, lengths: np.ndarray, total: int) -> np.ndarray:
     """Give ranges of `values` behind each other."""
-    if total > _MOST_INDEXED * values.itemsize and total > 64 * len(begins):
+    if total > _MOST_INDEXED and total > 64 * len(begins):
         # Long rows: a slice for each costs less than an index of each value.
         ranges = zip(begins.tolist(), (begins + lengths).tolist(), strict=True)
         return np.concatenate([values[begin:end] for begin, end in ranges])

@@ -171,11 +171,6 @@ class Chooser:
             )
         return path
 
-    @property
-    def is_due(self) -> bool:
-        """Whether anything is saved at the present step."""
-        return bool(self._due)
-
     def begin(self, step: int, mode: str | None) -> bool:
         """Go to a step of a mode, counted by the mode; say whether anything is saved at it."""
         self._due = frozenset(

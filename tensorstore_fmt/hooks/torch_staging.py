@@ -84,11 +84,6 @@ class Staging:
             self._thread.start()
         self._jobs.put(_Job(copies, step, mode, nbytes, copied))
 
-    def drain(self) -> None:
-        """Wait until all that was put is logged."""
-        with self._room:
-            self._room.wait_for(lambda: self._under_way == 0)
-
     def close(self) -> None:
         """Log what is left and end the thread."""
         thread, self._thread = self._thread, None

@@ -233,7 +233,8 @@ class Intake:
     def _carry_out(self, call: _Call) -> None:
         """Add a call to the generation; right also if that was begun before, and ended anywhere."""
         generation, step, mode = self._generation, call.step, call.mode
-        self._stamp_lost()
+        if self._unstamped:
+            self._stamp_lost()
         if self._last_logged.get(mode) != step:
             self._stamp(generation, step, mode, self._options.clock_us())
         floats = generation.floats
