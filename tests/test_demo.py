@@ -1,4 +1,4 @@
-"""The whole demo, short: two processes, a run, its reads and its pictures."""
+"""The whole demo ``digits``, short: two processes, a run, its reads and its pictures."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 import tensorstore_fmt as tsf
-from tensorstore_fmt.demo import run_demo, training
+from tensorstore_fmt.demo.digits import run_demo, training
+from tensorstore_fmt.demo.digits.comparison import strongest_units
 from tensorstore_fmt.demo.display import Display
-from tensorstore_fmt.demo.report import Stored, bytes_text, strongest_units, table
+from tensorstore_fmt.demo.report import Stored, bytes_text, table
 from tensorstore_fmt.errors import ArgumentError
 from tensorstore_fmt.testing.servers import serve_s3
 
@@ -130,7 +131,7 @@ def test_in_a_bucket_with_secrets(
         assert set(tsf.open_run(url, storage_options=options)["fc1.bias"].steps) >= {0, 59}
     printed = capsys.readouterr().out
     assert all(check["is_equal"] for check in json.loads(printed)["checks"])
-    assert "tensorstore_fmt.demo.follower" in commands
+    assert "tensorstore_fmt.demo.digits.follower" in commands
     assert "a secret" not in printed + " ".join(commands)
     assert (here / "run-pictures" / "curves.png").exists()
 

@@ -1,4 +1,4 @@
-"""The verb ``demo``."""
+"""The verb ``demo``: each demonstration is called with its options."""
 
 from __future__ import annotations
 
@@ -11,10 +11,15 @@ __all__ = ["demo"]
 
 
 def demo(arguments: Namespace, output: Output) -> int:
-    """Train a small network into a run and watch it."""
-    from tensorstore_fmt.demo import run_demo  # NumPy and a second process, for this verb only
+    """Give the demonstration that was chosen."""
+    play = {"digits": _digits}[arguments.demo]
+    return play(arguments, output)
 
-    return run_demo(
+
+def _digits(arguments: Namespace, output: Output) -> int:
+    from tensorstore_fmt.demo import digits  # NumPy and a second process, for this one only
+
+    return digits.run_demo(
         arguments.url,
         steps=arguments.steps,
         save_every=arguments.save_every,

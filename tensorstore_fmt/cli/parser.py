@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Final, NoReturn
 
 from tensorstore_fmt._version import __version__
+from tensorstore_fmt.cli.demos import check_url, with_name
 from tensorstore_fmt.cli.failures import UsageError
 from tensorstore_fmt.cli.verbs import add_verbs
 
@@ -65,9 +66,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     SystemExit
         It asked for help or the version, which were printed.
     """
-    _check_verb(argv)
+    words, is_named = list(argv), True
+    if _check_verb(argv) == "demo":
+        words, is_named = with_name(argv)
     defaults = argparse.Namespace(json=False, debug=False, storage_options=None)
-    arguments, rest = build().parse_known_args(_with_brackets(argv), defaults)
+    arguments, rest = build().parse_known_args(_with_brackets(words), defaults)
     late = _LATE.get(arguments.verb)
     if rest and late and getattr(arguments, late) is None and not rest[0].startswith("-"):
         # Before Python 3.12.7 argparse loses an optional word that stands behind an option.
@@ -77,11 +80,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             f"{arguments.verb} does not know {' '.join(rest)!r}; "
             f"see: {PROGRAM} {arguments.verb} --help"
         )
+    if not is_named and arguments.url is not None:
+        check_url(arguments.url)
     return arguments
 
 
-def _check_verb(argv: Sequence[str]) -> None:
-    """Refuse an unknown verb, with the nearest ones."""
+def _check_verb(argv: Sequence[str]) -> str | None:
+    """Give the verb, None if there is none; refuse an unknown one, with the nearest ones."""
     words = iter(argv)
     for word in words:
         if word == "--storage-options":
@@ -97,7 +102,8 @@ def _check_verb(argv: Sequence[str]) -> None:
                     verb=word,
                     near=near,
                 )
-            return
+            return word
+    return None
 
 
 def _with_brackets(argv: Sequence[str]) -> list[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from tensorstore_fmt.cli.demos import add_demonstrations
+
 __all__ = ["add_verbs"]
 
 if TYPE_CHECKING:
@@ -276,16 +278,7 @@ def _add_demo(verbs: Verbs, common: argparse.ArgumentParser) -> None:
         verbs,
         common,
         "demo",
-        "train a small network into a run and watch it from a second process",
-        "Needs scikit-learn and matplotlib: pip install 'tensorstore-fmt[demo]'",
+        "show what the store is for: a real training, and what can be seen of it",
+        "Without a NAME: digits. A URL without a NAME before it has a slash: ./place, s3://b/run.",
     )
-    demo.add_argument(
-        "url", metavar="URL", nargs="?", help="new run; default ./tensorstore-demo or the next free"
-    )
-    demo.add_argument("--steps", metavar="N", type=int, default=300, help="to train (300)")
-    demo.add_argument(
-        "--save-every", metavar="N", type=int, default=10, help="log tensors every N steps (10)"
-    )
-    demo.add_argument("--seed", metavar="N", type=int, default=0, help="of everything random (0)")
-    demo.add_argument("--pictures", metavar="DIR", help="folder for the pictures")
-    demo.add_argument("--quiet", action="store_true", help="print failures only")
+    add_demonstrations(demo, common)

@@ -1,5 +1,14 @@
-"""``tensorstore-fmt demo``: a real training into a run, watched while it goes on."""
+"""``tensorstore-fmt demo NAME``: real trainings into runs, and what can be seen of them.
 
-from tensorstore_fmt.demo.conductor import run_demo
+Each demonstration is a package of its own here; what they share stands beside them.
+"""
 
-__all__ = ["run_demo"]
+from typing import Final
+
+__all__ = ["DEFAULT", "NAMES"]
+
+NAMES: Final = ("digits",)
+"""The demonstrations, each a package here. Importing this imports none of them."""
+
+DEFAULT: Final = "digits"
+"""The one that ``tensorstore-fmt demo`` without a name gives."""

@@ -353,7 +353,7 @@ def test_recover_and_compact_refuse_a_live_run(command: Command, tmp_path: Path)
 
 
 def test_demo_gets_its_options(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    import tensorstore_fmt.demo
+    import tensorstore_fmt.demo.digits
 
     calls: list[tuple[Any, Any]] = []
 
@@ -361,17 +361,33 @@ def test_demo_gets_its_options(command: Command, monkeypatch: pytest.MonkeyPatch
         calls.append((args, options))
         return 1
 
-    monkeypatch.setattr(tensorstore_fmt.demo, "run_demo", run_demo)
-    assert command("demo", "--steps", 7, "place", "--pictures", "p", "--json").code == 1
-    assert calls == [
+    monkeypatch.setattr(tensorstore_fmt.demo.digits, "run_demo", run_demo)
+    assert command("demo", "--steps", 7, "./place", "--pictures", "p", "--json").code == 1
+    assert command("demo", "--json", "digits", "./place", "--steps", 7, "--pictures", "p").code == 1
+    assert calls == 2 * [
         (
-            ("place",),
+            ("./place",),
             {
                 "steps": 7, "save_every": 10, "seed": 0, "storage_options": None,
                 "pictures": "p", "quiet": False, "as_json": True,
             },
         )
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("digit",), "there is no demonstration 'digit'; did you mean digits? names: digits"),
+        (("place",), "there is no demonstration 'place'; names: digits"),
+        (("--seed", "3", "digits"), "write first: demo digits"),
+        (("digits", "--speed", "3"), "does not know '--speed'"),
+    ],
+)
+def test_a_demo_that_is_not_there(command: Command, words: tuple[str, ...], said: str) -> None:
+    done = command("demo", *words)
+    assert (done.code, done.out) == (2, "")
+    assert said in done.err
 
 
 def test_progress_is_for_terminals(

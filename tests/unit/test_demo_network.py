@@ -1,12 +1,12 @@
-"""The demo's network: its gradients, its optimizer, and that it learns."""
+"""The network of the demo ``digits``: its gradients, its optimizer, and that it learns."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from tensorstore_fmt.demo.network import Adam, Array, Network, accuracy, cross_entropy
-from tensorstore_fmt.demo.observation import Observation, check_gradients
+from tensorstore_fmt.demo.digits.network import Adam, Array, Network, accuracy, cross_entropy
+from tensorstore_fmt.demo.digits.observation import Observation, check_gradients
 
 SIZES = (7, 6, 5, 4)
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -12,13 +10,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 import tensorstore_fmt as tsf
-from tensorstore_fmt.demo import report, training
-from tensorstore_fmt.demo.companion import Companion
-from tensorstore_fmt.demo.digits import CLASSES, load_digits
+from tensorstore_fmt.demo import packages, places, report
+from tensorstore_fmt.demo.digits import training
+from tensorstore_fmt.demo.digits.companion import Companion
+from tensorstore_fmt.demo.digits.comparison import read_back
+from tensorstore_fmt.demo.digits.dataset import CLASSES, load_digits
+from tensorstore_fmt.demo.digits.observation import Observation
+from tensorstore_fmt.demo.digits.training import BATCH, COPIED, HIDDEN, Memory, train
 from tensorstore_fmt.demo.display import Display
-from tensorstore_fmt.demo.observation import Observation
-from tensorstore_fmt.demo.training import BATCH, COPIED, HIDDEN, Memory, train
-from tensorstore_fmt.errors import ArgumentError, NotARunError, RunExistsError
+from tensorstore_fmt.errors import ArgumentError
 from tensorstore_fmt.testing.storage import CountingStorage
 
 __all__ = ["run_demo"]
@@ -77,15 +77,10 @@ def run_demo(
         There is a run at `url` already.
     """
     _check_arguments(url, steps, save_every, storage_options)
-    missing = [name for name in ("sklearn", "matplotlib") if not importlib.util.find_spec(name)]
-    if missing:
-        print(
-            f"the demo needs {' and '.join(missing)}: pip install 'tensorstore-fmt[demo]'",
-            file=sys.stderr,
-        )
+    if not packages.are_there(("sklearn", "matplotlib"), extra="demo"):
         return 2
     demo = _Demo(
-        url=_free_folder() if url is None else url,
+        url=places.free_folder(_DEFAULT_FOLDER) if url is None else url,
         steps=steps,
         save_every=save_every,
         seed=seed,
@@ -123,18 +118,6 @@ def _check_arguments(
             ) from None
 
 
-def _free_folder() -> str:
-    folder, number = _DEFAULT_FOLDER, 1
-    while os.path.lexists(folder):
-        number += 1
-        folder = f"{_DEFAULT_FOLDER}-{number}"
-    return folder
-
-
-def _is_remote(url: str) -> bool:
-    return "://" in url and not url.startswith("file://")
-
-
 class _Demo:
     """One performance: what its acts share."""
 
@@ -149,7 +132,7 @@ class _Demo:
         display: Display,
     ) -> None:
         self.url = url
-        self.name = url.rstrip("/").rsplit("/", 1)[-1] if _is_remote(url) else _folder(url).name
+        self.name = places.run_name(url)
         self.steps = steps
         self.save_every = save_every
         self.seed = seed
@@ -186,14 +169,14 @@ class _Demo:
     def _train_and_follow(self) -> Memory:
         digits = load_digits(seed=self.seed)
         sizes = "-".join(map(str, (digits.train_images.shape[1], *HIDDEN, CLASSES)))
-        self._check_nothing_is_there()
+        places.check_free(self.url, storage_options=self.storage_options)
         with (
             tsf.create_run(
                 self.url,
                 attrs={"made_by": "tensorstore-fmt demo", "network": sizes, "seed": self.seed},
                 storage_options=self.storage_options,
                 # An object store answers in tens of milliseconds, and a flush is a few requests.
-                flush_interval_s=1.0 if _is_remote(self.url) else 0.5,
+                flush_interval_s=1.0 if places.is_remote(self.url) else 0.5,
                 # Units are what will be read of it: one costs a sixteenth of the whole.
                 chunks={COPIED: (None, HIDDEN[0] // 16)},
             ) as run,
@@ -236,14 +219,6 @@ class _Demo:
         self._conclude(memory, written)
         return memory
 
-    def _check_nothing_is_there(self) -> None:
-        try:
-            # Looked at first: `create_run` would join a run that was never closed.
-            tsf.open_run(self.url, storage_options=self.storage_options).close()
-        except NotARunError:
-            return
-        raise RunExistsError(f"{self.name}: there is a run already; choose another place")
-
     def _introduce(self, place: str, sizes: str, images: int) -> None:
         say = self.display.line
         say(f"Run: {place}", style="strong")
@@ -285,8 +260,10 @@ class _Demo:
         self.display.line(heading, style="strong")
         for row in rows:
             self.display.line(row)
-        if not _is_remote(self.url):
-            sizes = [path.stat().st_size for path in _folder(self.url).rglob("*") if path.is_file()]
+        if not places.is_remote(self.url):
+            sizes = [
+                path.stat().st_size for path in places.folder(self.url).rglob("*") if path.is_file()
+            ]
             self.display.line(
                 f"on disk: {report.bytes_text(sum(sizes))} in {len(sizes)} files, "
                 "with index and statistics"
@@ -300,7 +277,7 @@ class _Demo:
         say()
         say("Read back, and compared bit for bit with copies kept in memory:", style="strong")
         say(f"({COPIED} was logged in chunks of {HIDDEN[0] // 16} units, for reads of few units)")
-        checks = report.read_back(run, counting, memory)
+        checks = read_back(run, counting, memory)
         for check in checks:
             say(f"  {check.call}")
             say(f"      {check}", style="good" if check.is_equal else "bad")
@@ -309,7 +286,7 @@ class _Demo:
         return checks
 
     def _draw(self, run: tsf.Run, folder: Path) -> list[Path]:
-        from tensorstore_fmt.demo.pictures import draw  # late: it needs matplotlib, last
+        from tensorstore_fmt.demo.digits.pictures import draw  # late: it needs matplotlib, last
 
         began = time.perf_counter()
         paths = draw(run, folder)
@@ -324,7 +301,3 @@ class _Demo:
     def _fail(self, problem: str) -> None:
         self.problems.append(problem)
         self.display.line(f"FAILED: {problem}", style="bad")
-
-
-def _folder(url: str) -> Path:
-    return Path(url.removeprefix("file://")).resolve()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Self
 
-from tensorstore_fmt.demo.observation import OPTIONS_VARIABLE, READY, Observation
+from tensorstore_fmt.demo.digits.observation import OPTIONS_VARIABLE, READY, Observation
 
 __all__ = ["Companion"]
 
@@ -39,7 +39,13 @@ class Companion:
         on_observation: Callable[[Observation], None],
         on_text: Callable[[str], None],
     ) -> None:
-        self._command = [sys.executable, "-m", "tensorstore_fmt.demo.follower", url, "--json"]
+        self._command = [
+            sys.executable,
+            "-m",
+            "tensorstore_fmt.demo.digits.follower",
+            url,
+            "--json",
+        ]
         options = None if storage_options is None else dict(storage_options)
         self._environment = os.environ | {OPTIONS_VARIABLE: json.dumps(options)}
         self._on_observation = on_observation

@@ -9,8 +9,8 @@ from typing import Protocol
 
 import numpy as np
 
-from tensorstore_fmt.demo.digits import CLASSES, Digits
-from tensorstore_fmt.demo.network import Adam, Array, Network, accuracy, cross_entropy
+from tensorstore_fmt.demo.digits.dataset import CLASSES, Digits
+from tensorstore_fmt.demo.digits.network import Adam, Array, Network, accuracy, cross_entropy
 
 __all__ = ["BATCH", "COPIED", "HIDDEN", "SHORTEST_S", "LogsSteps", "Memory", "train"]
 

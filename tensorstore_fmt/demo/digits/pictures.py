@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 import tensorstore_fmt as tsf
-from tensorstore_fmt.demo.digits import IMAGE_SHAPE
-from tensorstore_fmt.demo.report import strongest_units
-from tensorstore_fmt.demo.training import COPIED
+from tensorstore_fmt.demo.digits.comparison import strongest_units
+from tensorstore_fmt.demo.digits.dataset import IMAGE_SHAPE
+from tensorstore_fmt.demo.digits.training import COPIED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,6 +1,6 @@
 """The second process of the demo: it follows a run while another process writes it.
 
-Works on its own too, in another terminal: ``python -m tensorstore_fmt.demo.follower URL``.
+Works on its own too, in another terminal: ``python -m tensorstore_fmt.demo.digits.follower URL``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 
 import tensorstore_fmt as tsf
-from tensorstore_fmt.demo.observation import (
+from tensorstore_fmt.demo.digits.observation import (
     OPTIONS_VARIABLE,
     READY,
     Observation,
@@ -85,7 +85,7 @@ def _open_when_there(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print what `observe` sees; give 0, or 1 if a check failed."""
     parser = argparse.ArgumentParser(
-        prog="python -m tensorstore_fmt.demo.follower",
+        prog="python -m tensorstore_fmt.demo.digits.follower",
         description="Follow a run of the demo while it trains, and check its gradients.",
         epilog=f"Storage options are read as JSON from the environment: {OPTIONS_VARIABLE}.",
     )
