@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import io
+import pickle
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -499,6 +501,29 @@ def test_a_failing_function_of_the_user(url: Path) -> None:
         assert train(parts) == plain
     assert hook.failures["head.weight/bad"] == 4
     assert saved(url)["head.weight"] == saved(url)["head.weight/mean"] == [0, 1, 2, 3]
+
+
+def test_copies_of_a_model_save_nothing(url: Path) -> None:
+    """An average of weights is a copy; models are saved whole, too, and loaded elsewhere."""
+    model, optimizer, criterion = build()
+    file = io.BytesIO()
+    with attach(
+        model, url, optimizer=optimizer, loss=criterion, collections=EVERYTHING, every=1,
+        stoppable=True, on_error="raise",
+    ):  # fmt: skip
+        train((model, optimizer, criterion), 1)
+        average = torch.optim.swa_utils.AveragedModel(model)
+        torch.save(model, file)
+        assert b"tensorstore_fmt" not in file.getvalue()
+        file.seek(0)
+        copies = [average, torch.load(file, weights_only=False), pickle.loads(pickle.dumps(model))]
+        for each in copies:
+            output = each(batch(0)[0])["logits"]
+            assert torch.equal(output, each(batch(0)[0])["logits"]) is False  # dropout: it ran
+            output.sum().backward()
+    with tsf.open_run(url) as run:
+        assert run.steps().tolist() == [0]
+        assert "first@2/output" not in run  # each forward calls it twice
 
 
 def test_removed_hooks_save_nothing(url: Path) -> None:

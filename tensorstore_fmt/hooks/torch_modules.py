@@ -4,18 +4,42 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from tensorstore_fmt.hooks.collections import Chooser
+from tensorstore_fmt.hooks.collections import Kind
 from tensorstore_fmt.hooks.guard import Guard
-from tensorstore_fmt.hooks.recorder import Recorder
+from tensorstore_fmt.hooks.torch_calls import HookCall
 from tensorstore_fmt.hooks.torch_values import walk
 
-__all__ = ["ModuleHooks", "in_backward", "inner_module"]
+__all__ = ["Chooses", "ModuleHooks", "Takes", "in_backward", "inner_module"]
+
+
+class Takes(Protocol):
+    """What is given the tensors: a `Recorder`, or one that knows them by other names."""
+
+    step: int
+    is_due: bool
+
+    def take(
+        self, kind: Kind, name: str, tensor: torch.Tensor, path: str = "", *, is_leaf: bool = False
+    ) -> None:
+        """Save a tensor, if it is wanted."""
+
+    def is_awaited(self, name: str) -> bool:
+        """Say whether another tensor waits for it."""
+
+
+class Chooses(Protocol):
+    """What says which are wanted: a `Chooser`, or the like."""
+
+    def may_want(self, kind: Kind) -> bool:
+        """Say whether any tensor of this kind may be wanted."""
+
+    def wanted(self, kind: Kind, name: str, path: str = "", *, is_leaf: bool = False) -> object:
+        """Give None if a tensor is not wanted."""
 
 
 def inner_module(module: torch.nn.Module) -> torch.nn.Module:
@@ -44,8 +68,8 @@ class ModuleHooks:
         module: torch.nn.Module,
         *,
         loss: torch.nn.Module | None,
-        recorder: Recorder,
-        chooser: Chooser,
+        recorder: Takes,
+        chooser: Chooses,
         guard: Guard,
     ) -> None:
         self._module = module
@@ -98,7 +122,7 @@ class ModuleHooks:
             elif not path and self._chooser.may_want("loss"):
                 handles.append(self._hook_outputs(module, path, is_leaf=is_leaf))
         if self._loss is not None and self._chooser.may_want("loss"):
-            hook = _eager(self._guard("the loss", self._after_loss))
+            hook = HookCall(self._guard("the loss", self._after_loss))
             handles.append(self._loss.register_forward_hook(hook))
         return handles
 
@@ -110,7 +134,7 @@ class ModuleHooks:
                     for name, tensor in walk(value, _place(path, self._calls[path], "input")):
                         self._recorder.take("input", name, tensor, path, is_leaf=is_leaf)
 
-        hook = _eager(self._guard(f"the inputs of {path or 'the model'}", before))
+        hook = HookCall(self._guard(f"the inputs of {path or 'the model'}", before))
         return module.register_forward_pre_hook(hook, with_kwargs=True)
 
     def _hook_outputs(
@@ -120,7 +144,7 @@ class ModuleHooks:
             if self._recorder.is_due:
                 self._take_output(path, output, is_leaf=is_leaf)
 
-        hook = _eager(self._guard(f"the outputs of {path or 'the model'}", after))
+        hook = HookCall(self._guard(f"the outputs of {path or 'the model'}", after))
         return module.register_forward_hook(hook)
 
     def _take_output(self, path: str, output: object, *, is_leaf: bool) -> None:
@@ -165,9 +189,3 @@ class ModuleHooks:
 def _place(path: str, call: int, what: str) -> str:
     place = f"{path}@{call}" if call else path
     return f"{place}/{what}" if place else what
-
-
-def _eager(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep torch.compile from tracing into a hook: it runs as it is, between compiled parts."""
-    disabled: Callable[..., Any] = torch.compiler.disable(hook)
-    return disabled

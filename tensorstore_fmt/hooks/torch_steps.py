@@ -10,9 +10,9 @@ from torch.utils.hooks import RemovableHandle
 from tensorstore_fmt.hooks.collections import Chooser
 from tensorstore_fmt.hooks.guard import Guard
 from tensorstore_fmt.hooks.recorder import Recorder
+from tensorstore_fmt.hooks.torch_calls import HookCall
 from tensorstore_fmt.hooks.torch_modules import ModuleHooks, in_backward, inner_module
 from tensorstore_fmt.hooks.torch_optimizer import OptimizerHooks
-from tensorstore_fmt.rules.stopping import StopWatcher
 
 __all__ = ["Steps"]
 
@@ -36,13 +36,11 @@ class Steps:
         chooser: Chooser,
         guard: Guard,
         first: int,
-        stop: StopWatcher | None = None,
     ) -> None:
         self.recorder = recorder
         self.forced_mode: str | None = None
         self._inner = inner_module(module)
         self._guard = guard
-        self._stop = stop
         self._next = first
         self._mode_steps: dict[str | None, int] = {}
         self._may_go_on = False
@@ -63,13 +61,8 @@ class Steps:
 
     def register(self) -> None:
         """Put all hooks on."""
-        before = self._guard("a step's begin", self._before_forward)
+        before = HookCall(self._guard("a step's begin", self._before_forward))
         self._handles.append(self._inner.register_forward_pre_hook(before, prepend=True))
-        if self._stop is not None:
-            # Put before the other one, and not guarded: this is meant to reach the training.
-            self._handles.append(
-                self._inner.register_forward_pre_hook(self._stop_if_asked, prepend=True)
-            )
         self._handles += self._modules.register()
         self._handles += self._optimizers.register()
 
@@ -80,8 +73,6 @@ class Steps:
         self._handles.clear()
         self.recorder.is_due = False
         self.recorder.close()
-        if self._stop is not None:
-            self._stop.close()
 
     @property
     def is_attached(self) -> bool:
@@ -94,21 +85,8 @@ class Steps:
 
     def tell(self, step: int, mode: str | None) -> None:
         """Begin a step with a number of the caller's; forwards begin none from now on."""
-        if self._stop is not None and mode == "TRAIN":
-            self._stop.check(step)
         self._is_told = True
         self._begin(step, step, mode)
-
-    def _stop_if_asked(self, module: torch.nn.Module, _args: object) -> None:
-        """Raise `TrainingStopped` where a step of training would begin.
-
-        Counted are steps of mode TRAIN, for these are the same on all ranks.
-        """
-        if self._is_told or self._stop is None or in_backward():
-            return
-        mode = self.forced_mode or ("TRAIN" if module.training else "EVAL")
-        if mode == "TRAIN" and not self._goes_on(mode):
-            self._stop.check(self._mode_steps.get("TRAIN", 0))
 
     def _goes_on(self, mode: str) -> bool:
         """Say whether a forward belongs to the step before: gradients are accumulated."""

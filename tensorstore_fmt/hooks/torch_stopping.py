@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from tensorstore_fmt.hooks.torch_calls import HookCall
 from tensorstore_fmt.hooks.torch_modules import in_backward, inner_module
 from tensorstore_fmt.rules.stopping import StopWatcher
 
@@ -39,8 +39,7 @@ class StopHook:
 
     def register(self) -> None:
         """Put the hooks on, before others."""
-        disable: Callable[..., Any] = torch.compiler.disable  # runs between compiled parts
-        before = disable(self._before_forward)
+        before = HookCall(self._before_forward)
         self._handles.append(self._inner.register_forward_pre_hook(before, prepend=True))
         for optimizer in self._optimizers:
             self._handles.append(optimizer.register_step_post_hook(self._after_step))

@@ -26,6 +26,7 @@ from tensorstore_fmt.hooks.late_run import LateRun, Opened, open_on_all_ranks
 from tensorstore_fmt.hooks.reductions import Reductions
 from tensorstore_fmt.hooks.schedule import SaveConfig
 from tensorstore_fmt.hooks.torch import TorchHook, attach
+from tensorstore_fmt.hooks.torch_calls import HookCall
 
 __all__ = ["RunCallback"]
 
@@ -195,7 +196,9 @@ class RunCallback(TrainerCallback):  # type: ignore[misc] # the library ships no
         )
         self._hook.set_step(self._step)
         self._hook.skip()
-        self._handle = model.register_forward_pre_hook(self._before_forward, prepend=True)
+        self._handle = model.register_forward_pre_hook(
+            HookCall(self._before_forward), prepend=True
+        )
 
     def _before_forward(self, model: torch.nn.Module, _args: object) -> None:
         """Begin an evaluation: the trainer calls nobody before its first batch."""
