@@ -1,0 +1,1 @@
+"""Contestants, a module for each package, set up as its documentation advises for speed."""
