@@ -230,11 +230,12 @@ def _shard_table(
     for e in entries:
         p = e.placed
         if p.shard is not None:
-            ends[p.shard] = max(ends.get(p.shard, 0), p.offset + p.nbytes)
+            ends[p.shard.name] = max(ends.get(p.shard.name, 0), p.offset + p.nbytes)
     ordered = sorted(ends)
     number = {name: i for i, name in enumerate(ordered)}
     numbers = [
-        layout.INLINE_SHARD if e.placed.shard is None else number[e.placed.shard] for e in entries
+        layout.INLINE_SHARD if e.placed.shard is None else number[e.placed.shard.name]
+        for e in entries
     ]
     return [(name, ends[name]) for name in ordered], numbers
 

@@ -19,8 +19,26 @@ __all__ = [
     "PendingEntry",
     "Placed",
     "Save",
+    "ShardFile",
     "runs_of_steps",
 ]
+
+
+@dataclass(slots=True, eq=False)
+class ShardFile:
+    """A shard, and from where on it may not survive power loss; all of its payloads share it.
+
+    Attributes
+    ----------
+    synced_nbytes
+        What lies before this was synced.
+    is_abandoned
+        A sync has failed: what lies behind may be gone, and nothing is added any more.
+    """
+
+    name: layout.ShardName
+    synced_nbytes: int = 0
+    is_abandoned: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -33,9 +51,17 @@ class Placed:
     crc32c: int
     digest: int | None = None
     inline: bytes | None = None
-    shard: layout.ShardName | None = None
+    shard: ShardFile | None = None
     offset: int = 0
-    is_lost: bool = False
+    is_dropped: bool = False  # it could not be written
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether no segment may name it from now on."""
+        shard = self.shard
+        return self.is_dropped or (
+            shard is not None and shard.is_abandoned and self.offset >= shard.synced_nbytes
+        )
 
 
 @dataclass(slots=True, eq=False)

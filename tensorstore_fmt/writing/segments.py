@@ -107,14 +107,13 @@ class SegmentLog:
         """Make all that was published survive power loss."""
         with self._deleting:
             with self._lock:
-                # Those that were merged meanwhile are covered by one that was synced.
-                live = {s.name.path for s in self._segments}
-                paths, self._unsynced = [p for p in self._unsynced if p in live], []
+                paths, self._unsynced = self._unsynced, []
             try:
                 self._storage.sync(paths)
             except BaseException:
                 with self._lock:
-                    self._unsynced = paths + self._unsynced
+                    live = {s.name.path for s in self._segments}
+                    self._unsynced = [path for path in paths if path in live] + self._unsynced
                 raise
 
     def stop(self) -> None:
@@ -207,7 +206,10 @@ class SegmentLog:
             at = self._segments.index(group[0])
             self._segments[at : at + len(group)] = [merged]
             due = time.monotonic() + self._options.grace_s
-            self._covered.append((due, [s.name.path for s in group]))
+            covered = {s.name.path for s in group}
+            self._covered.append((due, list(covered)))
+            # What was merged need not be synced any more: what covers it was.
+            self._unsynced = [path for path in self._unsynced if path not in covered]
 
     def _delete_covered(self, *, at_once: bool = False) -> None:
         with self._lock:

@@ -11,7 +11,7 @@ from tensorstore_fmt.format.shard import ShardEncoder, ShardRow
 from tensorstore_fmt.storage import Appender, Storage
 from tensorstore_fmt.writing.failures import Failures
 from tensorstore_fmt.writing.options import MIB, WriterOptions
-from tensorstore_fmt.writing.pending import Placed
+from tensorstore_fmt.writing.pending import Placed, ShardFile
 
 __all__ = ["ShardSink"]
 
@@ -44,10 +44,9 @@ class ShardSink:
         self._number = 0
         self._encoder: ShardEncoder | None = None
         self._appender: Appender | None = None
+        self._file: ShardFile | None = None  # the open shard
         self._is_named = False  # whether the open shard's name was synced
-        # Shards that were left without being synced, and what of them was not.
-        self._unsynced: list[tuple[str, list[Placed]]] = []
-        self._in_shard: list[Placed] = []  # of the open shard, not yet synced
+        self._unsynced: list[ShardFile] = []  # shards that were left without being synced
         self.stored_nbytes = 0
         self.failed_syncs = 0
 
@@ -96,7 +95,7 @@ class ShardSink:
             if not is_there:  # whatever went wrong: nothing may name bytes that are not there
                 self._drop_shard()
                 for _, placed in pairs:
-                    placed.is_lost = True
+                    placed.is_dropped = True
 
     def _put(self, pairs: list[tuple[ShardRow, Placed]]) -> None:
         encoder = self._encoder
@@ -107,7 +106,7 @@ class ShardSink:
             if self._storage.is_local:
                 self._appender = self._storage.create(name.path)
                 self._is_named = False
-            self._encoder = encoder
+            self._encoder, self._file = encoder, ShardFile(name)
         parts, offsets = encoder.batch([row for row, _ in pairs])
         if self._appender is not None:
             self._appender.append(parts)
@@ -116,23 +115,20 @@ class ShardSink:
             self._encoder = None
             self._storage.publish(encoder.name.path, parts)
         for (_, placed), offset in zip(pairs, offsets, strict=True):
-            placed.shard, placed.offset = encoder.name, offset
+            placed.shard, placed.offset = self._file, offset
             self.stored_nbytes += placed.nbytes
-            self._in_shard.append(placed)
-        if self._appender is None:
-            self._in_shard.clear()
-        elif encoder.position >= _FULL_NBYTES:
+        if self._appender is not None and encoder.position >= _FULL_NBYTES:
             self._seal()
 
     def _sync(self) -> None:
         left, self._unsynced = self._unsynced, []
         if left:
             try:
-                self._storage.sync([path for path, _ in left])
+                self._storage.sync([file.name.path for file in left])
             except BaseException:
-                self._lose([placed for _, part in left for placed in part])
+                self._abandon(*left)
                 raise
-        if self._appender is None:
+        if self._appender is None or self._file is None:
             return
         try:
             self._appender.sync()
@@ -140,17 +136,17 @@ class ShardSink:
                 self._storage.sync([self._appender.path])
                 self._is_named = True
         except BaseException:
-            self._lose(self._in_shard)
-            self._in_shard = []
+            self._abandon(self._file)
+            self._file = None
             self._drop_shard()
             raise
-        self._in_shard = []
+        self._file.synced_nbytes = self._appender.position
 
-    def _lose(self, unsynced: Sequence[Placed]) -> None:
+    def _abandon(self, *files: ShardFile) -> None:
         """What no segment names yet may be gone (spec, "Duties of a writer", 4)."""
         self.failed_syncs += 1
-        for placed in unsynced:
-            placed.is_lost = True
+        for file in files:
+            file.is_abandoned = True
 
     def _seal(self) -> None:
         if self._appender is not None and self._encoder is not None:
@@ -164,10 +160,10 @@ class ShardSink:
 
     def _drop_shard(self) -> None:
         self._encoder = None
+        file, self._file = self._file, None
         if self._appender is not None:
-            if self._in_shard:
-                self._unsynced.append((self._appender.path, self._in_shard))
-                self._in_shard = []
+            if file is not None and self._appender.position > file.synced_nbytes:
+                self._unsynced.append(file)
             self._appender.close()
             self._appender = None
 
