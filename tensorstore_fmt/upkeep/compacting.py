@@ -32,6 +32,7 @@ __all__ = ["compact"]
 _LARGEST_NBYTES: Final = 64 * 1024 * 1024
 _LARGEST_ROWS: Final = 1_000_000
 _GRACE_US: Final = 1_000_000
+_MOST_PASSES: Final = 10
 
 
 def compact(
@@ -64,6 +65,13 @@ def compact(
         The storage failed; nothing is lost, compact again when it works.
     """
     with open_storage(url, storage_options=storage_options, writable=True) as storage:
+        for _ in range(_MOST_PASSES):
+            try:
+                return _Compaction(storage, progress or (lambda *_: None)).run()
+            except FileNotFoundError:
+                # Somebody else compacts the same closed run, and deleted what both had listed.
+                # What is there now has fewer segments, so this ends.
+                continue
         return _Compaction(storage, progress or (lambda *_: None)).run()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,13 @@ from support.damage import (
     write_steps,
     zero,
 )
+from support.goals import record
 
 from tensorstore_fmt.errors import StateError
-from tensorstore_fmt.storage import Listing, Prefix, Range, open_storage
+from tensorstore_fmt.storage import Listing, Prefix, Range, Storage, open_storage
 from tensorstore_fmt.testing.servers import S3Server
-from tensorstore_fmt.upkeep import compact, recover, verify
+from tensorstore_fmt.testing.storage import Operation, WrappedStorage
+from tensorstore_fmt.upkeep import compact, compacting, recover, verify
 from tensorstore_fmt.writing.run import create_run
 
 
@@ -133,6 +135,52 @@ def test_live_writer_is_refused(tmp_path: Path) -> None:
             compact(tmp_path / "run")
         assert caught.value.code == "locked"
         assert fingerprint(tmp_path / "run") == before
+
+
+class Interrupted(WrappedStorage):
+    """Lets something happen just before the k-th call."""
+
+    def __init__(self, inner: Storage, k: int, meanwhile: Callable[[], object]) -> None:
+        super().__init__(inner)
+        self._k, self._meanwhile = k, meanwhile
+        self.calls = 0
+
+    def before(self, operations: Sequence[Operation]) -> Sequence[int | Exception | None]:
+        self.calls += 1
+        if self.calls == self._k:
+            self._meanwhile()
+        return super().before(operations)
+
+
+def test_another_compact_before_every_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two tools at a closed run: what one has listed the other may have deleted."""
+    monkeypatch.setattr(compacting, "_GRACE_US", 0)
+    oracle = closed_run(tmp_path / "run", 3)
+    before = whole_state(tmp_path / "run")
+    k, calls = 0, 0
+    while calls >= k:
+        k += 1
+        folder = tmp_path / f"run-{k}"
+        shutil.copytree(tmp_path / "run", folder)
+        storage = Interrupted(
+            open_storage(folder, writable=True), k, lambda folder=folder: compact(folder)
+        )
+        with monkeypatch.context() as outer:
+            ways = iter([storage])
+            outer.setattr(
+                compacting,
+                "open_storage",
+                lambda url, ways=ways, **given: next(ways, None) or open_storage(url, **given),
+            )
+            report = compact(folder)
+        calls = storage.calls
+        assert report.ok, k
+        assert report.segments_after == 1, k
+        assert whole_state(folder) == before, k
+        assert not unreadable(folder, oracle), k
+    assert verify(folder).ok
+    record("N4", k, kind="compact inside compact")
+    assert k > 10
 
 
 def test_after_a_kill(tmp_path: Path) -> None:
