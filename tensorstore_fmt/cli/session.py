@@ -25,6 +25,7 @@ __all__ = [
     "explaining",
     "json_options",
     "one_step",
+    "open_quietly",
     "open_run",
     "open_url",
     "selection",
@@ -86,16 +87,21 @@ def open_run(arguments: Namespace, output: Output) -> Run:
     NotARunError
         There is none; the message says what is there instead, the fact ``runs`` which runs are.
     """
+    return open_quietly(arguments.url, storage_options(arguments), output)
+
+
+def open_quietly(url: str, options: Mapping[str, object] | None, output: Output) -> Run:
+    """Open a run; see `open_run`."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        run = open_url(arguments.url, storage_options(arguments))
+        run = open_url(url, options)
     for warning in caught:
         output.note(f"{PROGRAM}: warning: {warning.message}")
     return run
 
 
 def open_url(url: str, options: Mapping[str, object] | None) -> Run:
-    """Open a run; see `open_run`."""
+    """Open a run; damage of its index is a Python warning."""
     from tensorstore_fmt.reading.run import (
         open_run as open_,
     )  # NumPy and Arrow, which help needs not

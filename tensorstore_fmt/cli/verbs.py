@@ -237,9 +237,11 @@ def _add_watch(verbs: Verbs, common: argparse.ArgumentParser) -> None:
         common,
         "watch",
         "evaluate rules on a run, while it is written or afterwards",
-        "Exit code 1 if a rule fired or failed. What is found stays in the run: see --alerts.\n\n"
+        "Exit code 1 if a rule fired or failed, or the writer died. What is found stays in the\n"
+        "run: see --alerts. It ends when the run is closed, or its writer died: on a disk the\n"
+        "lock says so. In a bucket, or if the job may be restarted, give --idle-timeout.\n\n"
         "  tensorstore-fmt watch RUN --rule all_zero --rule overfit:ratio=0.2,patience=3\n"
-        "  tensorstore-fmt watch RUN --rule 'exploding_tensor:names=^gradient/' --stop\n"
+        "  tensorstore-fmt watch RUN --rule 'exploding_tensor:names=^gradient/' --stop --wait 600\n"
         "  tensorstore-fmt watch RUN --rule my_package.rules:MyRule:limit=3 --once\n"
         "  tensorstore-fmt watch RUN --rule similar_across_runs --other RUN2 --once",
     )
@@ -255,7 +257,22 @@ def _add_watch(verbs: Verbs, common: argparse.ArgumentParser) -> None:
         "--once", action="store_true", help="evaluate what is complete now, and leave"
     )
     parser.add_argument(
+        "--wait", metavar="SECONDS", type=float, help="wait so long for the run to be created"
+    )
+    parser.add_argument(
         "--timeout", metavar="SECONDS", type=float, help="leave after so long, closed or not"
+    )
+    parser.add_argument(
+        "--idle-timeout",
+        metavar="SECONDS",
+        type=float,
+        help="leave when nothing came for so long, dead writer or not",
+    )
+    parser.add_argument(
+        "--poll",
+        metavar="SECONDS",
+        type=float,
+        help="between looks; default: 0.1 to 1 on a disk, 2 to 15 elsewhere",
     )
     parser.add_argument(
         "--stop", action="store_true", help="ask the training to stop when a rule fires"

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import inspect
+import math
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from tensorstore_fmt.cli.failures import EXIT_PROBLEM, UsageError, describe
 from tensorstore_fmt.cli.output import Output, json_text
-from tensorstore_fmt.cli.session import open_run, open_url, storage_options
-from tensorstore_fmt.errors import TensorStoreError
+from tensorstore_fmt.cli.session import open_quietly, open_run, open_url, storage_options
+from tensorstore_fmt.errors import NotARunError, TensorStoreError
 
 if TYPE_CHECKING:
     from tensorstore_fmt.reading.run import Run
     from tensorstore_fmt.rules import Action, Finding, Report, Rule
+    from tensorstore_fmt.rules.runner import Ending
 
 __all__ = ["watch"]
 
+_LOOK_S: Final = (0.1, 2.0)  # on a disk, elsewhere: between looks for a run that is not there yet
+
 
 def watch(arguments: Namespace, output: Output) -> int:
-    """Evaluate rules until the run is closed; 1 if one fired or failed.
+    """Evaluate rules until the run is closed; 1 if one fired or failed, or the writer died.
 
     With ``--json`` one JSON object a line, as things happen.
     """
@@ -29,18 +34,65 @@ def watch(arguments: Namespace, output: Output) -> int:
         return _list(output)
     if arguments.url is None:
         raise UsageError("watch needs the URL of a run, or --list")
-    with open_run(arguments, output) as run:
-        if arguments.alerts:
+    _check_seconds(arguments)
+    if arguments.alerts:
+        with open_run(arguments, output) as run:
             return _show_alerts(run, output)
-        return _watch(run, arguments, output)
+    # Made first: a mistake in them is said at once, not after a long wait.
+    made, actions = _rules(arguments.rule or ()), _actions(arguments)
+    # Once: `@FILE` may be a pipe.
+    options = storage_options(arguments)
+    with _open_when_there(arguments, options, output) as run:
+        return _watch(run, arguments, output, made=made, actions=actions, options=options)
 
 
-def _watch(run: Run, arguments: Namespace, output: Output) -> int:
+def _check_seconds(arguments: Namespace) -> None:
+    for option in ("wait", "timeout", "idle_timeout", "poll"):
+        seconds = getattr(arguments, option)
+        if seconds is not None and not (0 <= seconds < math.inf):
+            words = option.replace("_", "-")
+            raise UsageError(f"--{words} is {seconds:g}; it is a number of seconds, at least 0")
+
+
+def _open_when_there(
+    arguments: Namespace, options: Mapping[str, object] | None, output: Output
+) -> Run:
+    """Open the run; with ``--wait`` it may yet be created.
+
+    Raises
+    ------
+    NotARunError
+        It is not there, and was not for so long.
+    """
+    deadline = time.monotonic() + (arguments.wait or 0)
+    is_told = False
+    while True:
+        try:
+            return open_quietly(arguments.url, options, output)
+        except NotARunError as error:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                if is_told:
+                    error.add_note(f"waited {arguments.wait:g} s for it (--wait)")
+                raise
+            if not is_told:
+                is_told = True
+                output.note(f"{error}; waiting up to {arguments.wait:g} s for a run there")
+        time.sleep(min(_LOOK_S["://" in arguments.url], left_s))
+
+
+def _watch(
+    run: Run,
+    arguments: Namespace,
+    output: Output,
+    *,
+    made: Sequence[Rule],
+    actions: Sequence[Action],
+    options: Mapping[str, object] | None,
+) -> int:
     from tensorstore_fmt.rules import Runner  # NumPy and Arrow, which help needs not
 
-    made = _rules(arguments.rule or ())
-    actions = _actions(arguments)
-    options = storage_options(arguments)
+    ending: Ending | None = None
     others = [open_url(url, options) for url in arguments.other or ()]
     try:
         with Runner(
@@ -55,13 +107,38 @@ def _watch(run: Run, arguments: Namespace, output: Output) -> int:
                 runner.evaluate_new()
                 runner.look_at_clock()
             else:
-                runner.follow(timeout_s=arguments.timeout)
+                ending = runner.follow(
+                    timeout_s=arguments.timeout,
+                    idle_timeout_s=arguments.idle_timeout,
+                    poll_s=arguments.poll,
+                )
             report = runner.report
+        code = _conclude(run, ending, arguments, output)
     finally:
         for other in others:
             other.close()
-    _summarise(report, made, output)
-    return 0 if report.ok else EXIT_PROBLEM
+    _summarise(report, made, ending, output)
+    return code if report.ok else EXIT_PROBLEM
+
+
+def _conclude(run: Run, ending: Ending | None, arguments: Namespace, output: Output) -> int:
+    """Say why it ended if the run was not closed; 1 if it will not be."""
+    from tensorstore_fmt.rules.presence import lost_writers
+
+    if ending not in ("idle", "writer_died"):
+        return 0
+    lost = lost_writers(run)
+    if lost:
+        what = f"the writer {', '.join(lost)} died and did not close the run; what it saved is kept"
+        advice = f"tensorstore-fmt recover {run.describe()} closes it"
+    elif run.is_closed:  # a run to compare with was not
+        what, advice = "nothing more came", "a run of --other is not closed"
+    else:
+        what = "nothing more came, and the run is not closed"
+        advice = "its writer may be alive: look for it, or watch again"
+    silent = f" for {arguments.idle_timeout:g} s" if ending == "idle" else ""
+    output.note(f"{run.describe()}: left after silence{silent}: {what}; {advice}")
+    return EXIT_PROBLEM
 
 
 def _rules(texts: Sequence[str]) -> list[Rule]:
@@ -102,7 +179,7 @@ def _say(finding: Finding, output: Output) -> None:
         sys.stdout.flush()
 
 
-def _summarise(report: Report, made: Sequence[Rule], output: Output) -> None:
+def _summarise(report: Report, made: Sequence[Rule], ending: Ending | None, output: Output) -> None:
     rows = [
         {
             "rule": rule.name,
@@ -114,7 +191,7 @@ def _summarise(report: Report, made: Sequence[Rule], output: Output) -> None:
         for rule in made
     ]
     if output.is_json:
-        _line({"summary": rows})
+        _line({"summary": rows, "ended": ending or "once"})
         return
     for row in rows:
         said = f"{row['steps']:,} steps, {row['found']:,} found"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
@@ -11,21 +12,26 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, Literal, Self, TypeAlias
 
 from tensorstore_fmt.errors import ArgumentError, TensorStoreError
 from tensorstore_fmt.reading.run import Run, open_run
 from tensorstore_fmt.rules.actions import Action
 from tensorstore_fmt.rules.block import Block
+from tensorstore_fmt.rules.presence import lost_writers
 from tensorstore_fmt.rules.progress import Progress, Stream
 from tensorstore_fmt.rules.records import Evaluation, Recorder
 from tensorstore_fmt.rules.rule import Finding, Rule
 
-__all__ = ["Report", "Runner", "evaluate"]
+__all__ = ["Ending", "Report", "Runner", "evaluate"]
 
 _logger = logging.getLogger("tensorstore_fmt")
 _POLL_S: Final = ((0.1, 1.0), (2.0, 15.0))  # on a disk, elsewhere: at first, when nothing happens
+_LEAST_POLL_S: Final = 0.001
 _QUIET_S: Final = 1.0  # between looks of rules at the clock
+
+Ending: TypeAlias = Literal["closed", "asked", "timeout", "idle", "writer_died"]
+"""Why `Runner.follow` ended."""
 
 
 @dataclass(slots=True)
@@ -152,9 +158,14 @@ class Runner:
         return self.report.found.total() - before
 
     def follow(
-        self, *, stop: threading.Event | None = None, timeout_s: float | None = None
-    ) -> None:
-        """Refresh and evaluate until the run is closed.
+        self,
+        *,
+        stop: threading.Event | None = None,
+        timeout_s: float | None = None,
+        idle_timeout_s: float | None = None,
+        poll_s: float | None = None,
+    ) -> Ending:
+        """Refresh and evaluate until the run and the others are closed.
 
         Parameters
         ----------
@@ -162,25 +173,41 @@ class Runner:
             Ends it, too, after one more look.
         timeout_s
             Ends it after so long.
+        idle_timeout_s
+            Ends it when nothing came for so long. Without it, it ends when all writers that have
+            not closed died: on a disk their locks say so; elsewhere that is never known.
+        poll_s
+            Seconds between looks; None: 0.1 to 1 on a disk, 2 to 15 elsewhere.
+
+        Returns
+        -------
+        str
+            Why it ended.
         """
+        runs = (self._run, *self._others)
         shortest, longest = _POLL_S[not self._run._session.storage.is_local]
+        if poll_s is not None:
+            shortest = longest = max(poll_s, _LEAST_POLL_S)
         pause = shortest
         stop = stop or threading.Event()
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        patience = _Patience(timeout_s, idle_timeout_s)
         while True:
-            ending = stop.is_set() or (deadline is not None and time.monotonic() >= deadline)
-            is_last = self._run.is_closed and all(other.is_closed for other in self._others)
+            ending: Ending | None = "asked" if stop.is_set() else patience.ending
+            if all(run.is_closed for run in runs):
+                ending = "closed"
             self.evaluate_new()
             self.look_at_clock()
-            if is_last or ending:
-                return
+            if ending is not None:
+                return ending
             if self._recorder is not None:
                 self._recorder.flush()
-            stop.wait(
-                pause if deadline is None else min(pause, max(deadline - time.monotonic(), 0))
-            )
-            news = [run.refresh() for run in (self._run, *self._others)]
-            pause = shortest if any(news) else min(1.5 * pause, longest)
+            stop.wait(min(pause, patience.left_s))
+            # Asked before the last look, which therefore finds all that a dead writer left.
+            has_died = all(run.is_closed or lost_writers(run) for run in runs)
+            news = [run.refresh() for run in runs]
+            has_news = any(news)
+            patience.saw(has_news=has_news, has_died=has_died)
+            pause = shortest if has_news else min(1.5 * pause, longest)
 
     def look_at_clock(self) -> None:
         """Let rules look at the time that has passed, at most once a second."""
@@ -280,6 +307,35 @@ class Runner:
                 )
                 raise
         return self._recorder
+
+
+class _Patience:
+    """How long to follow runs: in all, without news, after their writers died."""
+
+    def __init__(self, timeout_s: float | None, idle_timeout_s: float | None) -> None:
+        self._end = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        self._idle_s = idle_timeout_s
+        self._idle_end = math.inf
+        self._is_over = False
+        self.saw(has_news=True, has_died=False)
+
+    def saw(self, *, has_news: bool, has_died: bool) -> None:
+        if has_news and self._idle_s is not None:
+            self._idle_end = time.monotonic() + self._idle_s
+        self._is_over = has_died and not has_news and self._idle_s is None
+
+    @property
+    def left_s(self) -> float:
+        return max(min(self._end, self._idle_end) - time.monotonic(), 0)
+
+    @property
+    def ending(self) -> Ending | None:
+        now = time.monotonic()
+        if now >= self._end:
+            return "timeout"
+        if now >= self._idle_end:
+            return "idle"
+        return "writer_died" if self._is_over else None
 
 
 def evaluate(

@@ -316,6 +316,10 @@ class Storage(ABC):
         """Say whether some process holds the lock on a file."""
         return False
 
+    def is_abandoned(self, path: str) -> bool:  # noqa: ARG002 - for others
+        """Say whether a lock was taken on a file, and its holder died; False if nobody can tell."""
+        return False
+
     # --- the rest -------------------------------------------------------------
     def describe(self, path: str = "") -> str:
         """Name a file for a message: where it lies, without credentials."""

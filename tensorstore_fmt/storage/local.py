@@ -370,6 +370,10 @@ class LocalStorage(Storage):
         """Say whether some process, this one included, holds the lock on a file."""
         return locks.is_taken(self._root, path)
 
+    def is_abandoned(self, path: str) -> bool:
+        """Say whether a lock was taken on a file, and its holder died; False if nobody can tell."""
+        return locks.is_abandoned(self._root, path)
+
     def close(self) -> None:
         """Give back handles; views from `map` stay valid."""
         self._check_process()

@@ -84,18 +84,28 @@ def take(root: str, path: str) -> LocalLock:
 
 def is_taken(root: str, path: str) -> bool:
     """Say whether some process, this one included, holds the lock on a file."""
+    return _is_free(root, path) is False
+
+
+def is_abandoned(root: str, path: str) -> bool:
+    """Say whether the file of a lock is there and nobody holds it: its holder died."""
+    return _is_free(root, path) is True
+
+
+def _is_free(root: str, path: str) -> bool | None:
+    """Say whether a lock could be taken; None without a file, or on a file system without locks."""
     try:
         fd = open_file(root, path, os.O_RDONLY)
     except FileNotFoundError:
-        return False
+        return None
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return True
+        return False
     except OSError as error:
         if error.errno in _NOT_SUPPORTED:
-            return False
+            return None
         raise
     finally:
         os.close(fd)
-    return False
+    return True

@@ -165,6 +165,10 @@ class WrappedStorage(Storage):
         """Ask for a lock."""
         return self.inner.is_locked(path)
 
+    def is_abandoned(self, path: str) -> bool:
+        """Ask whether the holder of a lock died."""
+        return self.inner.is_abandoned(path)
+
     def close(self) -> None:
         """Close the inner storage."""
         self.inner.close()
