@@ -237,6 +237,21 @@ def test_only_one_worker_or_all_of_them(tmp_path: Path) -> None:
     assert trial.tensor("scalar/x").value(0, worker="worker_1").tolist() == [1]
 
 
+def test_the_hook_of_a_script(tmp_path: Path) -> None:
+    smd.del_hook()
+    assert smd.get_hook() is None
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"LocalPath": "memory://hook/script"}))
+    made = smd.get_hook(str(path), create_if_not_exists=True)
+    assert made is not None
+    assert smd.get_hook(create_if_not_exists=True) is made
+    with smd.Hook("memory://hook/another") as another:
+        assert smd.get_hook() is another
+    smd.set_hook(made)
+    assert smd.get_hook() is made
+    made.close()
+
+
 def test_a_dry_run_saves_nothing(tmp_path: Path) -> None:
     with smd.Hook(tmp_path / "run", dry_run=True) as hook:
         hook.save_tensor("x", np.ones(3))
@@ -247,7 +262,7 @@ def test_a_dry_run_saves_nothing(tmp_path: Path) -> None:
 def test_what_the_hook_does_not_do_is_said(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="export_tensorboard"):
         hook = smd.Hook(tmp_path / "run", True)
-    with pytest.raises(tsf.StateError):
+    with pytest.raises(SMDebugValueError):
         hook.register_module(object())
     with pytest.raises(SMDebugValueError):
         hook.set_mode("TRAIN")  # type: ignore[arg-type]

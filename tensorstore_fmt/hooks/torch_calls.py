@@ -25,6 +25,7 @@ class HookCall:
         self._function = disabled
 
     def __call__(self, *args: Any) -> Any:  # noqa: ANN401 - what PyTorch gives and takes
+        """Call the function."""
         return self._function(*args)
 
     def __reduce__(self) -> tuple[object, ...]:

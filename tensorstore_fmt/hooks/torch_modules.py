@@ -20,8 +20,13 @@ __all__ = ["Chooses", "ModuleHooks", "Takes", "in_backward", "inner_module"]
 class Takes(Protocol):
     """What is given the tensors: a `Recorder`, or one that knows them by other names."""
 
-    step: int
-    is_due: bool
+    @property
+    def step(self) -> int:
+        """Number of the present step."""
+
+    @property
+    def is_due(self) -> bool:
+        """Whether anything is saved at the present step."""
 
     def take(
         self, kind: Kind, name: str, tensor: torch.Tensor, path: str = "", *, is_leaf: bool = False

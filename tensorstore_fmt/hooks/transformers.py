@@ -196,9 +196,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc] # the library ships no
         )
         self._hook.set_step(self._step)
         self._hook.skip()
-        self._handle = model.register_forward_pre_hook(
-            HookCall(self._before_forward), prepend=True
-        )
+        self._handle = model.register_forward_pre_hook(HookCall(self._before_forward), prepend=True)
 
     def _before_forward(self, model: torch.nn.Module, _args: object) -> None:
         """Begin an evaluation: the trainer calls nobody before its first batch."""

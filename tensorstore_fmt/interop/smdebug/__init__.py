@@ -12,6 +12,11 @@ Scripts written for it run with one import changed: ``smdebug`` becomes
     for step in trial.steps(mode=modes.TRAIN):
         print(trial.tensor("CrossEntropyLoss_output_0").value(step, mode=modes.TRAIN))
 
+    import tensorstore_fmt.interop.smdebug.pytorch as smd
+
+    hook = smd.Hook("runs/job", include_collections=["weights", "gradients"])
+    hook.register_module(net)
+
 A run is one of this library's, or what ``tensorstore-fmt import smdebug`` made. In a run of our
 own, what was logged without a mode counts as `modes.GLOBAL`; the torch hook's reductions are
 found by `Tensor.reduction_value`.

@@ -74,6 +74,8 @@ class Collection:
         self.reduction_config = reduction_config
         self.save_config = save_config
         self.save_histogram = save_histogram
+        self.modules: dict[object, tuple[bool, bool]] = {}
+        """Modules whose inputs, outputs belong to it; a hook makes patterns of them."""
         if include_regex is not None:
             self.include(include_regex)
 
@@ -92,6 +94,15 @@ class Collection:
     def add_tensor_name(self, tname: str) -> None:
         """Add a name."""
         self.tensor_names.add(tname)
+
+    def add_module_tensors(
+        self,
+        module: object,
+        inputs: bool = False,  # noqa: FBT001, FBT002 - smdebug's signature
+        outputs: bool = True,  # noqa: FBT001, FBT002 - the same
+    ) -> None:
+        """Add what goes into, or comes out of, a module that the hook is registered for."""
+        self.modules[module] = (inputs, outputs)
 
     def has_tensor(self, tname: str) -> bool:
         """Say whether it lists a name, or a pattern of it fits."""

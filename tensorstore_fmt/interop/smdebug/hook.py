@@ -1,7 +1,7 @@
 """Hook: saving from a training script that was written for smdebug.
 
-It counts steps and saves what it is handed. It does not attach to modules: scripts that call
-``register_module`` use ``tensorstore_fmt.hooks.torch``.
+It counts steps and saves what it is handed; with `Hook.register_module` also what goes through
+modules of PyTorch (names: `tensorstore_fmt.interop.smdebug.modules`).
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ import sys
 import threading
 import time
 import warnings
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Final, Literal, Self
+from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 from tensorstore_fmt import dtypes
-from tensorstore_fmt.errors import StateError, TensorStoreError
+from tensorstore_fmt.errors import TensorStoreError
 from tensorstore_fmt.interop.importing.smdebug_names import (
     COLLECTIONS_NAME,
     reduction_name,
@@ -33,9 +32,13 @@ from tensorstore_fmt.writing.convert import check_name, snapshot
 from tensorstore_fmt.writing.report import CloseReport
 from tensorstore_fmt.writing.run import create_run
 
-__all__ = ["Hook", "get_hook"]
+if TYPE_CHECKING:
+    from tensorstore_fmt.interop.smdebug.modules import Modules
+
+__all__ = ["Hook", "del_hook", "get_hook", "set_hook"]
 
 _SCALARS: Final = "scalar/"
+_NO_GRADIENTS: Final = (ModeKeys.EVAL, ModeKeys.PREDICT)
 
 # What values, devices and storages may raise; training must not learn of it.
 _FAILURES: Final = (
@@ -46,9 +49,10 @@ _FAILURES: Final = (
 class Hook:
     """Saves tensors and scalars at the step at which it is handed them.
 
-    A step begins with `step`, or with the first value after `set_mode`; all of it becomes visible
-    at once, when the next one begins or the hook is closed. Nothing but wrong arguments of the
-    hook itself raises: what cannot be saved is left out with a warning.
+    A step begins with a forward of a registered module, with `step`, or with the first value after
+    `set_mode` (and that forward, if it comes later, goes on in it); all of it becomes visible at
+    once, when the next one begins or the hook is closed. Nothing but wrong arguments of the hook
+    itself raises: what cannot be saved is left out with a warning.
 
     Parameters
     ----------
@@ -100,6 +104,9 @@ class Hook:
         self._global_step = -1
         self._mode_steps: dict[ModeKeys, int] = {}
         self._is_in_step = False
+        self._is_begun_by_value = False
+        self._is_due_now: bool | None = None  # not known yet
+        self._modules: Modules | None = None
         self._values: dict[str, object] = {}
         self._warned: set[str] = set()
         self._collections = built_in()
@@ -120,9 +127,8 @@ class Hook:
             )
         if resume_from is not None:
             self._global_step = resume_from - 1
-        _open_hooks.add(self)
-        global _latest  # noqa: PLW0603 - smdebug's hook is a singleton
-        _latest = weakref.ref(self)
+        _open_hooks.append(self)
+        set_hook(self)
 
     def _include(
         self, regex: str | Sequence[str] | None, names: Sequence[str], *, save_all: bool
@@ -154,7 +160,36 @@ class Hook:
         self._global_step += 1
         self._mode_steps[self.mode] = self._mode_steps.get(self.mode, -1) + 1
         self._is_in_step = True
+        self._is_begun_by_value = False
+        self._is_due_now = None
         return self._global_step
+
+    @property
+    def failures(self) -> Mapping[str, int]:
+        """How many failures the modules' hooks kept from the training, by place."""
+        return {} if self._modules is None else dict(self._modules.guard.failures)
+
+    def begin_forward(self) -> None:
+        """Begin the step of a forward, unless a value has begun it already. For `Modules`."""
+        if not (self._is_in_step and self._is_begun_by_value):
+            self.step()
+        self._is_begun_by_value = False
+
+    def _begin_by_value(self) -> None:
+        if not self._is_in_step:
+            self.step()
+            self._is_begun_by_value = True
+
+    @property
+    def is_due(self) -> bool:
+        """Whether any collection that counts is saved at the present step."""
+        if self._is_due_now is None:
+            self._is_due_now = self._run is not None and any(
+                self._is_due(collection)
+                for name, collection in self._collections.items()
+                if name in self._included or collection.tensor_names
+            )
+        return self._is_due_now
 
     def set_mode(self, mode: ModeKeys) -> None:
         """Go over to a mode; the step before ends, if the mode is another."""
@@ -234,17 +269,28 @@ class Hook:
             named = collections_to_write
             for name in [named] if isinstance(named, str) else named:
                 self._collection(name).add_tensor_name(tensor_name)
-            if not self._is_in_step:
-                self.step()
-            due = [c for c in self._of(tensor_name) if self._is_due(c)]
-            if due and self._run is not None:
-                self._reduce(check_name(tensor_name), tensor_value, due)
+            self.save_if_due(tensor_name, tensor_value)
         except _FAILURES as error:
             self._warn(tensor_name, error)
 
     def record_tensor_value(self, tensor_name: str, tensor_value: object) -> None:
-        """Save a tensor at the present step, as `save_tensor`."""
-        self.save_tensor(tensor_name, tensor_value)
+        """Save what a function gave (``F.nll_loss``), as if it were a module of this name.
+
+        It is called ``NAME_output_0``, and belongs to the collections whose patterns fit that.
+        """
+        try:
+            self._watched().record(tensor_name, tensor_value)
+        except _FAILURES as error:
+            self._warn(tensor_name, error)
+
+    def save_if_due(self, tensor_name: str, tensor_value: object) -> None:
+        """Save a tensor, if one of the collections that it belongs to is due. For `Modules`."""
+        self._begin_by_value()
+        due = [c for c in self._of(tensor_name) if self._is_due(c)]
+        if due and self._run is not None:
+            for collection in due:
+                collection.add_tensor_name(tensor_name)
+            self._reduce(check_name(tensor_name), tensor_value, due)
 
     def _of(self, tensor: str) -> list[Collection]:
         return [
@@ -255,11 +301,13 @@ class Hook:
         ]
 
     def _is_due(self, collection: Collection) -> bool:
+        if collection.name == CollectionKeys.GRADIENTS and self.mode in _NO_GRADIENTS:
+            return False
         own = collection.save_config
         config = None if own is None else own.mode_save_configs.get(self.mode)
         if config is None:
             config = self.save_config.get_save_config(self.mode)
-        return config.should_save_step(self._mode_steps[self.mode])
+        return config.should_save_step(self.mode_step)
 
     def _reduce(self, name: str, value: object, due: Sequence[Collection]) -> None:
         shot = snapshot(name, value)
@@ -278,8 +326,7 @@ class Hook:
 
     def _put(self, name: str, value: object) -> None:
         check_name(name)
-        if not self._is_in_step:
-            self.step()
+        self._begin_by_value()
         self._values[name] = value
 
     def _warn(self, what: str, error: BaseException) -> None:
@@ -323,21 +370,51 @@ class Hook:
 
     # --- modules ------------------------------------------------------------------
     def register_module(self, module: object) -> None:
-        """Refuse: this hook does not attach to modules."""
-        raise StateError(
-            f"this hook takes no {type(module).__name__}: attach tensorstore_fmt.hooks.torch to "
-            "it, and use save_tensor and save_scalar here",
-            code="no_modules",
-        )
+        """Save inputs, outputs, parameters and gradients of a module of PyTorch from now on.
 
-    register_loss = register_module
+        Each of its forwards begins a step. Of one that DistributedDataParallel or `torch.compile`
+        is around, the module inside is meant.
+
+        Raises
+        ------
+        SMDebugValueError
+            It is no module.
+        """
+        self._watched(module).register(module)
+
     register_hook = register_module
+
+    def register_loss(self, loss_module: object) -> None:
+        """Save inputs and outputs of a loss module.
+
+        Raises
+        ------
+        SMDebugValueError
+            It is no module.
+        """
+        self._watched(loss_module).register_loss(loss_module)
+
+    def _watched(self, module: object = None) -> Modules:
+        if self._modules is None:
+            if "torch" not in sys.modules:  # nobody can have a module or tensor of it
+                raise SMDebugValueError(
+                    f"{type(module).__qualname__} is nothing of PyTorch, which is not imported; "
+                    "hand values to save_tensor"
+                )
+            # PyTorch is no dependency.
+            from tensorstore_fmt.interop.smdebug.modules import Modules
+
+            self._modules = Modules(self)
+        return self._modules
 
     # --- closing ------------------------------------------------------------------
     def close(self) -> CloseReport | None:
-        """End the present step and close the run; more than once is fine."""
+        """End the present step, leave the modules, close the run; more than once is fine."""
         self._end_step()
-        _open_hooks.discard(self)
+        if self._modules is not None:
+            self._modules.remove()
+        if self in _open_hooks:
+            _open_hooks.remove(self)
         return None if self._run is None else self._run.close()
 
     def __enter__(self) -> Self:
@@ -360,17 +437,42 @@ def _ranks(worker: int | None, num_workers: int | None) -> tuple[int, int]:
     return worker or 0, num_workers or (worker or 0) + 1
 
 
-_open_hooks: weakref.WeakSet[Hook] = weakref.WeakSet()
-_latest: weakref.ref[Hook] | None = None
+_open_hooks: list[Hook] = []  # held here, so that what was saved last is not lost
+_latest: Hook | None = None
 
 
-def get_hook() -> Hook | None:
-    """Give the hook that was made last; None if there is none any more."""
-    return None if _latest is None else _latest()
+def get_hook(
+    json_config_path: str | None = None,
+    create_if_not_exists: bool = False,  # noqa: FBT001, FBT002 - smdebug's signature
+) -> Hook | None:
+    """Give the hook that was made last; None if there is none.
+
+    Parameters
+    ----------
+    json_config_path
+        Of which file to make one (`Hook.create_from_json_file`), …
+    create_if_not_exists
+        … if there is none and this is wanted.
+    """
+    if _latest is None and create_if_not_exists:
+        return Hook.create_from_json_file(json_config_path)
+    return _latest
+
+
+def set_hook(custom_hook: Hook) -> None:
+    """Let `get_hook` give this one."""
+    global _latest  # noqa: PLW0603 - smdebug's hook is a singleton
+    _latest = custom_hook
+
+
+def del_hook() -> None:
+    """Let `get_hook` give none."""
+    global _latest  # noqa: PLW0603 - the same
+    _latest = None
 
 
 def _close_all() -> None:
-    for hook in list(_open_hooks):
+    for hook in _open_hooks.copy():
         hook.close()
 
 
