@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
-from suite.contestant import Item, Reader, Series, Store
+from suite.contestant import Codec, Item, Parts, Reader, Series, Store
 
 
 class Ours(Store):
@@ -89,3 +89,53 @@ class OursBare(Ours):
     settings = "compression='none', stats=False"
     compresses = False
     options: ClassVar = {"compression": "none", "stats": False}
+
+
+class OursCodec(Codec):
+    """The codec alone, as a writer and a reader use it."""
+
+    name = "ours-codec"
+    settings = "compression auto: a sample chooses, then again after 32 MiB; CRC-32C when encoding"
+    needs = ("tensorstore_fmt",)
+    distributions = ("tensorstore-fmt", "zstandard", "numpy")
+    environment = "ours"
+
+    def __init__(self) -> None:
+        from tensorstore_fmt.format import codec
+
+        self._codec = codec
+        self._encoder = codec.Encoder()
+        self._hint = codec.Hint()
+        self._out = np.empty(0, np.uint8)
+
+    def begin(self) -> None:
+        """Forget what chunks before have taught: another series follows."""
+        self._hint = self._codec.Hint()
+
+    def encode(self, values: np.ndarray, dtype: str) -> OursParts:
+        return OursParts(self._encoder.encode(values.view(np.uint8), dtype=dtype, hint=self._hint))
+
+    def decode(self, data: bytes, like: np.ndarray, dtype: str) -> np.ndarray:
+        if self._out.nbytes < like.nbytes:
+            self._out = np.empty(like.nbytes, np.uint8)
+        out = self._out[: like.nbytes]
+        self._codec.decode(memoryview(data)[1:], out, codec=data[0], dtype=dtype)
+        return out.view(like.dtype)
+
+
+class OursParts(Parts):
+    """What the encoder gives, after the number of its codec."""
+
+    def __init__(self, encoded: Any) -> None:
+        self._encoded = encoded
+
+    def to_bytes(self) -> bytes:
+        return bytes([self._encoded.codec]) + self._encoded.to_bytes()
+
+
+class OursCodecNumPy(OursCodec):
+    """Without the compiled kernel."""
+
+    name = "ours-codec-numpy"
+    settings = "as ours-codec, but TENSORSTORE_FMT_KERNEL=0: pure NumPy"
+    variables: ClassVar = {"TENSORSTORE_FMT_KERNEL": "0"}

@@ -102,12 +102,38 @@ class Store(Contestant):
 
 
 class Codec(Contestant):
-    """Makes bytes of an array, and the array of the bytes, in memory, on one thread."""
+    """Makes bytes of an array, and the array of the bytes, in memory, on one thread.
 
-    def encode(self, values: np.ndarray, dtype: str) -> bytes | memoryview:
-        """Compress one chunk."""
+    Arrays are one-dimensional and contiguous; bfloat16 comes as uint16 bits.
+    """
+
+    chunk_nbytes: ClassVar[int] = CHUNK_NBYTES
+
+    def takes(self, dtype: str) -> bool:
+        """Say whether it has been made for this dtype."""
+        return True
+
+    def begin(self) -> None:
+        """Say that chunks of another tensor follow."""
+
+    def encode(self, values: np.ndarray, dtype: str) -> Encoded:
+        """Compress one chunk, which may be destroyed."""
         raise NotImplementedError
 
-    def decode(self, data: bytes | memoryview, like: np.ndarray, dtype: str) -> np.ndarray:
-        """Give the chunk back, with the shape and dtype of ``like`` (whose values are not seen)."""
+    def decode(self, data: bytes, like: np.ndarray, dtype: str) -> np.ndarray:
+        """Give the chunk back, with the shape and dtype of ``like`` (whose values are not seen).
+
+        The array may be used again by the next call.
+        """
         raise NotImplementedError
+
+
+class Parts:
+    """A compressed chunk in several pieces, as a store would write them."""
+
+    def to_bytes(self) -> bytes:
+        """Give it in one piece."""
+        raise NotImplementedError
+
+
+Encoded = bytes | bytearray | memoryview | Parts
