@@ -13,6 +13,7 @@ from tensorstore_fmt.errors import StepNotFoundError
 from tensorstore_fmt.format import layout
 from tensorstore_fmt.reading.modes import MODE_NAMES
 from tensorstore_fmt.reading.session import Session
+from tensorstore_fmt.reading.step_runs import StepRuns
 from tensorstore_fmt.reading.steptable import is_complete, logged_steps
 
 __all__ = ["follow", "wait_for_step"]
@@ -95,7 +96,7 @@ class _Progress:
     def __init__(self, mode: int | None) -> None:
         self._modes = range(len(layout.MODES)) if mode is None else (mode,)
         self._done = dict.fromkeys(self._modes, -1)
-        self._given: set[int] = set()
+        self._given = StepRuns()
         self._attempt = -1
 
     def new(self, session: Session) -> NDArray[np.int64]:
@@ -105,18 +106,19 @@ class _Progress:
             if self._attempt >= 0:  # what the new attempt saves again is new
                 resume = view.resume_step(view.attempts[-1])
                 self._done = {m: min(done, resume - 1) for m, done in self._done.items()}
-                self._given = {step for step in self._given if step < resume}
+                self._given.cut(resume)
             self._attempt = view.attempts[-1]
-        new: set[int] = set()
+        parts = [np.empty(0, np.int64)]
         for mode in self._modes:
             through = min(view.complete_through(mode), layout.MAX_STEP)
             if through > self._done[mode]:
-                new.update(logged_steps(session, mode, self._done[mode] + 1, through).tolist())
+                parts.append(logged_steps(session, mode, self._done[mode] + 1, through))
                 self._done[mode] = through
-        new -= self._given
-        if len(self._done) > 1:
-            self._given |= new
-        return np.array(sorted(new), np.int64)
+        new = np.unique(np.concatenate(parts))
+        if len(self._modes) > 1:
+            new = new[~self._given.has(new)]
+            self._given.add(new)
+        return new
 
 
 def follow(

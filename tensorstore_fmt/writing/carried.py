@@ -8,7 +8,8 @@ import numpy as np
 
 from tensorstore_fmt.format import layout
 from tensorstore_fmt.format.catalog import Series
-from tensorstore_fmt.writing.pending import PendingEntry, Placed, runs_of_steps
+from tensorstore_fmt.format.progressions import runs_of_steps
+from tensorstore_fmt.writing.pending import PendingEntry, Placed
 
 __all__ = ["Carried", "bound", "tensors"]
 

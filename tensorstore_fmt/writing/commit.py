@@ -13,6 +13,7 @@ from tensorstore_fmt.format import codec, layout
 from tensorstore_fmt.format.catalog import CatalogTable, Series
 from tensorstore_fmt.format.join import is_alone, join_entries
 from tensorstore_fmt.format.page import ENTRY_ROW, Entries
+from tensorstore_fmt.format.progressions import runs_of_steps
 from tensorstore_fmt.format.ragged import Ragged
 from tensorstore_fmt.format.strings import pack_strings
 from tensorstore_fmt.writing.pending import (
@@ -20,7 +21,6 @@ from tensorstore_fmt.writing.pending import (
     InlineStage,
     PendingEntry,
     Placed,
-    runs_of_steps,
 )
 from tensorstore_fmt.writing.series import step_table_series
 

@@ -14,11 +14,12 @@ import xxhash
 from tensorstore_fmt import dtypes
 from tensorstore_fmt.format import codec, grid, layout, statistics
 from tensorstore_fmt.format.catalog import Series
+from tensorstore_fmt.format.progressions import runs_of_steps
 from tensorstore_fmt.format.shard import ShardRow
 from tensorstore_fmt.format.strings import pack_strings
 from tensorstore_fmt.writing.failures import Failures
 from tensorstore_fmt.writing.options import WriterOptions
-from tensorstore_fmt.writing.pending import Generation, PendingEntry, Placed, Save, runs_of_steps
+from tensorstore_fmt.writing.pending import Generation, PendingEntry, Placed, Save
 from tensorstore_fmt.writing.quota import Quota
 from tensorstore_fmt.writing.shards import ShardSink
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,7 +19,6 @@ __all__ = [
     "Placed",
     "Save",
     "ShardFile",
-    "runs_of_steps",
 ]
 
 
@@ -170,22 +168,3 @@ class Generation:
         """Wait until all saves are encoded; nothing may be added any more."""
         with self.done:
             self.done.wait_for(lambda: self.finished == len(self.saves))
-
-
-def runs_of_steps(steps: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Cut ascending steps into arithmetic progressions; give (begin, end) positions."""
-    begin, n = 0, len(steps)
-    if n > 2:
-        gaps = np.diff(steps)
-        borders = np.flatnonzero(gaps[1:] != gaps[:-1]) + 2  # first position behind a change
-        if not len(borders):
-            yield 0, n
-            return
-        while begin < n:
-            # The progression from `begin` goes on until the gap changes behind its first two.
-            i = int(np.searchsorted(borders, begin + 2))
-            end = int(borders[i]) if i < len(borders) else n
-            yield begin, end
-            begin = end
-    else:
-        yield 0, n

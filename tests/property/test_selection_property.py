@@ -12,6 +12,7 @@ from hypothesis.extra.numpy import basic_indices
 from tensorstore_fmt.format.grid import chunk_box, n_chunks
 from tensorstore_fmt.reading.plan import merge_ranges, n_touched, touched_chunks
 from tensorstore_fmt.reading.selection import normalize
+from tensorstore_fmt.reading.step_runs import StepRuns
 
 Case = tuple[tuple[int, ...], tuple[int, ...], object]
 
@@ -110,3 +111,27 @@ def test_requests_hold_all_ranges_and_little_else(
     held_by = {}
     for item, request in zip(items, merged.request.tolist(), strict=True):
         assert held_by.setdefault(tuple(item), request) == request  # nothing is fetched twice
+
+
+batches = st.lists(st.sets(st.integers(0, 40)), max_size=6)
+
+
+@given(batches, st.integers(1, 5), st.integers(0, 60))
+def test_runs_of_steps_are_a_set(parts: list[set[int]], factor: int, cut: int) -> None:
+    runs, known = StepRuns(), set()
+    for part in parts:
+        steps = np.array(sorted(factor * step for step in part), np.int64)
+        assert runs.has(steps).tolist() == [step in known for step in steps.tolist()]
+        new = steps[~runs.has(steps)]
+        runs.add(new)
+        known |= set(new.tolist())
+    runs.cut(cut)
+    assert np.flatnonzero(runs.has(np.arange(250))).tolist() == sorted(s for s in known if s < cut)
+
+
+def test_runs_of_regular_steps_take_no_memory() -> None:
+    runs = StepRuns()
+    for step in range(0, 10_000, 5):
+        runs.add(np.array([step]))
+    runs.add(np.arange(10_000, 20_000, 5))
+    assert len(runs) == 1
