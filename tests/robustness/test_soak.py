@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +43,36 @@ def listen(child: Child, into: dict[str, list[Any]]) -> None:
     child.finish()
 
 
-def growth(health: Health) -> tuple[int, float]:
-    """Give by how much memory grew after warming up, in bytes and in MB an hour.
+@dataclass(frozen=True)
+class Growth:
+    """How memory grew after warming up.
 
     What is held between merges counts, so the least of each of ten stretches of time is taken:
-    a merge needs memory, and gives it back.
+    a merge needs memory, and gives it back. Allocators give some of that back only with the next
+    merge of its size; so the slope is the median of the slopes between any two stretches, which a
+    few that are higher do not change.
     """
-    warm = [each for each in health if each[0] >= WARM_S] or health[-2:]
-    least = [min(part) for part in np.array_split([each[1] for each in warm], 10) if len(part)]
-    hours = (warm[-1][0] - warm[0][0]) / 3600
-    slope = float(np.polyfit(np.linspace(0, hours, len(least)), least, 1)[0])
-    return int(least[-1] - least[0]), slope / MIB
+
+    least: list[int]
+    hours: float
+
+    @classmethod
+    def of(cls, health: Health) -> Growth:
+        warm = [each for each in health if each[0] >= WARM_S] or health[-2:]
+        parts = np.array_split([each[1] for each in warm], 10)
+        hours = (warm[-1][0] - warm[0][0]) / 3600
+        return cls([int(min(part)) for part in parts if len(part)], hours)
+
+    @property
+    def nbytes(self) -> int:
+        """From the first stretch to the last."""
+        return self.least[-1] - self.least[0]
+
+    @property
+    def mib_per_hour(self) -> float:
+        pairs = itertools.combinations(enumerate(self.least), 2)
+        slopes = [(y - x) / (j - i) for (i, x), (j, y) in pairs]
+        return float(np.median(slopes)) * (len(self.least) - 1) / self.hours / MIB
 
 
 @pytest.mark.slow
@@ -79,8 +100,8 @@ def test_soak(folder: Path, server: ForkServer) -> None:
     health: Health = heard["writer"]["health"]
     result = heard["writer"]["result"][0]
     values = server.call(MODULE, "check_soak", url, result["steps"], timeout_s=600.0)
-    grown, slope = growth(health)
-    read_bytes = [growth(heard[name]["health"])[0] for name in children if name != "writer"]
+    grown = Growth.of(health)
+    readers = [Growth.of(heard[name]["health"]) for name in children if name != "writer"]
     steps = round(SECONDS * 100)
     record(
         "K1",
@@ -88,10 +109,12 @@ def test_soak(folder: Path, server: ForkServer) -> None:
         unit="s",
         **result,
         values=values,
-        writer_grown_kib=grown // 1024,
-        writer_mb_per_h=round(slope, 2),
+        writer_grown_kib=grown.nbytes // 1024,
+        writer_mb_per_h=round(grown.mib_per_hour, 2),
+        writer_least_mib=[round(least / MIB, 1) for least in grown.least],
         writer_peak_mib=max(each[1] for each in health) // MIB,
-        readers_grown_kib=[nbytes // 1024 for nbytes in read_bytes],
+        readers_grown_kib=[each.nbytes // 1024 for each in readers],
+        readers_mb_per_h=[round(each.mib_per_hour, 2) for each in readers],
         most_queued_bytes=max(each[4] for each in health),
         most_fds={name: max(each[2] for each in said["health"]) for name, said in heard.items()},
         most_threads=max(each[3] for said in heard.values() for each in said["health"]),
@@ -99,9 +122,9 @@ def test_soak(folder: Path, server: ForkServer) -> None:
     assert result["steps"] == steps
     assert result["dropped"] == 0
     assert [heard[name]["result"][0]["followed"] for name in list(children)[1:]] == [steps] * 3
-    assert grown < MERGING  # a minute sees the first merges of each size
+    assert grown.nbytes < MERGING  # a minute sees the first merges of each size
     if COUNT >= 30:
-        assert slope < 1.0
+        assert grown.mib_per_hour < 1.0
     for said in heard.values():
         _, _, fds, threads, _ = zip(*said["health"], strict=True)
         assert max(fds) <= fds[0] + _OPEN_FILES + 4
