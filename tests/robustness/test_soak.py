@@ -72,7 +72,7 @@ class Growth:
     def mib_per_hour(self) -> float:
         pairs = itertools.combinations(enumerate(self.least), 2)
         slopes = [(y - x) / (j - i) for (i, x), (j, y) in pairs]
-        return float(np.median(slopes)) * (len(self.least) - 1) / self.hours / MIB
+        return float(np.median(slopes)) * len(self.least) / self.hours / MIB
 
 
 @pytest.mark.slow
