@@ -54,7 +54,7 @@ class Pythons:
     def _candidates(self, environment: str) -> list[str]:
         names = {"ours": ["peers"]}.get(environment, [environment])
         made = [str(self.folder / name / "bin" / "python") for name in names]
-        own = [] if environment == "smdebug" else [sys.executable]
+        own = [] if environment.startswith("smdebug") else [sys.executable]
         # The peers' environment first: there all contestants meet the same NumPy.
         return [p for p in made if os.access(p, os.X_OK)] + own
 
