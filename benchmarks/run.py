@@ -8,6 +8,7 @@ table for each case, and writes ``trials.jsonl``, ``results.json``, ``report.md`
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 import tempfile
 import time
@@ -51,6 +52,20 @@ def chosen_contestants(wanted: list[str] | None, cases: list[Case]) -> set[str] 
     return set(wanted)
 
 
+def make_data(pythons: Pythons, *, quick: bool) -> None:
+    """Make the data if they are not there: the quick set here, the full one where torch is."""
+    try:
+        datasets.manifest(quick=quick)
+    except FileNotFoundError:
+        python = sys.executable if quick else pythons.of("peers")
+        command = [python, str(BENCHMARKS / "datasets.py"), *(["--quick"] * quick)]
+        print(f"making the data, once: {' '.join(command)}", flush=True)
+        if subprocess.run(command, check=False).returncode:
+            sys.exit(
+                "the data could not be made; `python benchmarks/environments.py` installs torch"
+            )
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -92,6 +107,8 @@ def main() -> int:
     if given.fresh:
         results.forget({case.name for case in cases})
     results.load()
+    if not given.report:
+        make_data(pythons, quick=given.quick)
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="tsf-bench-", dir=given.scratch) as scratch:
         trials = Trials(pythons, results, datasets.cache(), Path(scratch))

@@ -58,6 +58,10 @@ class Pythons:
         # The peers' environment first: there all contestants meet the same NumPy.
         return [p for p in made if os.access(p, os.X_OK)] + own
 
+    def of(self, environment: str) -> str:
+        """Give the Python of an environment, or this one where that is not made."""
+        return self._candidates(environment)[0]
+
     def find(self, contestant: type[Contestant]) -> tuple[str, dict] | str:
         """Give the Python for a contestant and the versions there, or say what is missing."""
         missing = "its environment is not made"
