@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from tensorstore_fmt.format import codec, kernel, layout, planes, statistics
+from tensorstore_fmt.format import codec, kernel, layout, planes, sampling, statistics
 
 Bytes = NDArray[np.uint8]
 
@@ -113,7 +113,7 @@ def copy(chunks: list[Bytes], out: Bytes) -> None:
 
 
 def encode(
-    encoder: codec.Encoder, chunks: list[Bytes], dtype: str, hint: codec.Hint
+    encoder: codec.Encoder, chunks: list[Bytes], dtype: str, hint: sampling.Hint
 ) -> list[codec.Encoded]:
     """Encode all chunks of a series."""
     return [encoder.encode(chunk, dtype=dtype, hint=hint) for chunk in chunks]
@@ -134,7 +134,7 @@ def show_codec(nbytes: int, repeats: int) -> None:
     for kind, (dtype, array) in kinds(nbytes).items():
         flat = array.reshape(-1).view(np.uint8)
         chunks = [flat[at : at + CHUNK_NBYTES] for at in range(0, flat.nbytes, CHUNK_NBYTES)]
-        encoder, hint, out = codec.Encoder(), codec.Hint(), np.empty(CHUNK_NBYTES, np.uint8)
+        encoder, hint, out = codec.Encoder(), sampling.Hint(), np.empty(CHUNK_NBYTES, np.uint8)
         encoded = encode(encoder, chunks, dtype, hint)
         payloads = [one.to_bytes() for one in encoded]
         actions: dict[str, Callable[[], object]] = {

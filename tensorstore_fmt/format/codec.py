@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -18,14 +19,13 @@ from numpy.typing import NDArray
 
 from tensorstore_fmt import dtypes
 from tensorstore_fmt.errors import ArgumentError, FormatError, LimitError, UnsupportedError
-from tensorstore_fmt.format import layout, planes
+from tensorstore_fmt.format import layout, planes, sampling
 
 __all__ = [
     "Buffer",
     "Compression",
     "Encoded",
     "Encoder",
-    "Hint",
     "decode",
     "encode_delta",
 ]
@@ -37,141 +37,53 @@ Compression = Literal["auto", "none", "zstd"]
 
 _Bytes = NDArray[np.uint8]
 
+_PLANES_HEADS: Final = {w: struct.Struct(f"<BBH{w}I") for w in (1, 2, 4, 8)}
 _PLANES_HEAD: Final = struct.Struct("<BBH")
 _U32: Final = np.dtype("<u4")
 _U64: Final = np.dtype("<u8")
 _ZSTD_MAGIC: Final = b"\x28\xb5\x2f\xfd"
 _MAX_WINDOW_NBYTES: Final = layout.MAX_CHUNK_RAW_NBYTES
 
-# --- how a run of bytes is stored ---------------------------------------------
-_RAW: Final = 0
-_ENTROPY: Final = 1  # zstd for exponents: nothing to match, only entropy
-_LEVEL_1: Final = 2
-_LEVEL_3: Final = 3
-
-_ENTROPY_PARAMETERS: Final = zstandard.ZstdCompressionParameters(
-    strategy=zstandard.STRATEGY_FAST,
-    min_match=7,
-    hash_log=6,
-    chain_log=6,
-    window_log=17,
-    search_log=1,
-    target_length=0,
-)
-
-# --- sampling -------------------------------------------------------------------
-_WHOLE_SAMPLE_NBYTES: Final = 64 * 1024
-_PLANE_SAMPLE_WORDS: Final = 8192
-_STRETCHES: Final = 4
-
-# A slower setting has to save this fraction of its bytes more than the next faster one.
-_PAYS: Final = {_ENTROPY: 1 / 64, _LEVEL_1: 1 / 64, _LEVEL_3: 1 / 64}
-_WHOLE_PAYS: Final = 0.97
-_ROTATION_PAYS: Final = 0.995  # it costs a tenth of the time to encode, more to decode
-
 _SMALLEST_NBYTES: Final = 64  # below, headers eat what could be saved
-_FIRST_INTERVAL_NBYTES: Final = 32 * 1024 * 1024
-_LAST_INTERVAL_NBYTES: Final = 256 * 1024 * 1024
-_DRIFT: Final = 0.05
-_DRIFT_CHUNKS: Final = 16
-_GROWTH: Final = 4
-
+_BLOCK_NBYTES: Final = 4 * 1024 * 1024
 # Scratch larger than this is not kept: a rare huge chunk must not cost memory for ever.
 _KEPT_SCRATCH_NBYTES: Final = 4 * 1024 * 1024
 
+Empty = Callable[[int], _Bytes]
+"""Gives so many uninitialised bytes."""
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
+@dataclass(slots=True)
 class Encoded:
-    """A payload, in parts.
+    """A payload.
 
     Attributes
     ----------
     codec
         Number of the codec (spec, "Codecs").
-    parts
-        Put together they are the payload. They own their memory or alias the raw chunk
-        that was encoded: valid as long as the caller leaves that alone.
-    nbytes
-        Length of the payload.
+    payload
+        Memory of its own, or the raw chunk that was encoded: valid as long as the caller leaves
+        that alone.
     crc32c
         Checksum of the payload.
     """
 
     codec: int
-    parts: tuple[Buffer, ...]
-    nbytes: int
+    payload: bytes | memoryview
     crc32c: int
 
+    @property
+    def nbytes(self) -> int:
+        """Length of the payload."""
+        return len(self.payload)
+
     def to_bytes(self) -> bytes:
-        """Give the payload in one piece."""
-        return b"".join(map(_view, self.parts))
+        """Give a copy of the payload."""
+        return bytes(self.payload)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Plan:
-    """What a sample said: codec, and a setting for the whole chunk or for each plane."""
-
-    codec: int
-    settings: tuple[int, ...]
-    rotated: bool
-    expected: float
-    sampled_nbytes: int
-
-    def agrees(self, other: _Plan) -> bool:
-        return (self.codec, self.settings, self.rotated) == (
-            other.codec,
-            other.settings,
-            other.rotated,
-        )
-
-
-class Hint:
-    """What was learned from earlier chunks of a series, so that sampling is rare.
-
-    The caller keeps one per series and passes it to each `Encoder.encode`. A sample is taken
-    at the first chunk, then every 32 MiB, at most twice as rarely each time it says the
-    same again (up to 256 MiB), when chunks become much larger, and when what was
-    achieved drifts from what the sample promised. Several threads may use one: a race
-    costs or saves a sample, never correctness.
-    """
-
-    __slots__ = ("_chunks", "_interval", "_nbytes", "_plan")
-
-    def __init__(self) -> None:
-        self._plan: _Plan | None = None
-        self._interval = _FIRST_INTERVAL_NBYTES
-        self._nbytes = 0
-        self._chunks = 0
-
-    def _usable(self, nbytes: int, nsettings: int) -> _Plan | None:
-        plan = self._plan
-        if (
-            plan is None
-            or self._nbytes >= self._interval
-            or nbytes >= _GROWTH * plan.sampled_nbytes
-            or (plan.codec == layout.CODEC_PLANES and len(plan.settings) != nsettings)
-        ):
-            return None
-        return plan
-
-    def _learn(self, plan: _Plan) -> None:
-        same = self._plan is not None and self._plan.agrees(plan)
-        self._interval = (
-            min(2 * self._interval, _LAST_INTERVAL_NBYTES) if same else _FIRST_INTERVAL_NBYTES
-        )
-        self._plan = plan
-        self._nbytes = self._chunks = 0
-
-    def _note(self, nbytes: int, stored: int) -> None:
-        self._nbytes += nbytes
-        self._chunks += 1
-        plan = self._plan
-        if (
-            plan is not None
-            and self._chunks >= _DRIFT_CHUNKS
-            and abs(stored / nbytes - plan.expected) > _DRIFT
-        ):
-            self._nbytes = self._interval
+def _new(nbytes: int) -> _Bytes:
+    return np.empty(nbytes, np.uint8)
 
 
 class Encoder:
@@ -182,23 +94,25 @@ class Encoder:
     compression
         ``auto`` looks for constant chunks and else stores what a sample says pays: raw,
         one zstd frame, or planes. ``zstd`` always tries zstd level 3, ``none`` stores raw.
+    empty
+        Where blocks of memory for many payloads come from. What gives back memory that was
+        used before saves much of the time: fresh pages cost more than filling them.
     """
 
-    def __init__(self, compression: Compression = "auto") -> None:
+    def __init__(self, compression: Compression = "auto", *, empty: Empty = _new) -> None:
         if compression not in ("auto", "none", "zstd"):
             raise ArgumentError(
                 f"compression {compression!r} is none of 'auto', 'none', 'zstd'",
                 compression=compression,
             )
         self._compression = compression
-        self._zstd = {
-            _ENTROPY: zstandard.ZstdCompressor(compression_params=_ENTROPY_PARAMETERS),
-            _LEVEL_1: zstandard.ZstdCompressor(level=1),
-            _LEVEL_3: zstandard.ZstdCompressor(level=3),
-        }
+        self._zstd = sampling.compressors()
+        self._empty = empty
         self._scratch: _Bytes = np.empty(0, np.uint8)
+        self._block: _Bytes = np.empty(0, np.uint8)
+        self._used = 0  # of the block
 
-    def encode(self, raw: _Bytes, *, dtype: str, hint: Hint | None = None) -> Encoded:
+    def encode(self, raw: _Bytes, *, dtype: str, hint: sampling.Hint | None = None) -> Encoded:
         """Encode one raw chunk.
 
         Parameters
@@ -214,10 +128,10 @@ class Encoder:
         Returns
         -------
         Encoded
-            Never longer than `raw`. Its parts own their memory or alias `raw`.
+            Never longer than `raw`.
         """
         if self._compression == "none" or raw.nbytes == 0:
-            return _encoded(layout.CODEC_RAW, (raw,) if raw.nbytes else ())
+            return _encoded(layout.CODEC_RAW, raw.data)
         size = dtypes.itemsize(dtype)
         if size and raw.nbytes > size:
             if raw.nbytes % size:
@@ -227,152 +141,98 @@ class Encoder:
                     dtype=dtype,
                 )
             if _is_constant(raw, size):
-                return _encoded(layout.CODEC_CONSTANT, (raw[:size].tobytes(),))
+                return _encoded(layout.CODEC_CONSTANT, raw[:size].tobytes())
         if self._compression == "zstd":
-            return self._encode_whole(raw, _LEVEL_3)
+            return self._encode_whole(raw, sampling.LEVEL_3)
         if raw.nbytes < _SMALLEST_NBYTES:
-            return _encoded(layout.CODEC_RAW, (raw,))
+            return _encoded(layout.CODEC_RAW, raw.data)
         w = dtypes.word_nbytes(dtype)
-        plan = None if hint is None else hint._usable(raw.nbytes, w)
-        if plan is None:
-            plan = self._plan(raw, dtype)
+        choice = None if hint is None else hint.usable(raw.nbytes, w)
+        if choice is None:
+            choice = self._choose(raw, dtype)
             if hint is not None:
-                hint._learn(plan)
-        encoded = self._follow(raw, plan)
+                hint.learn(choice)
+        encoded = self._follow(raw, choice)
         if hint is not None:
-            hint._note(raw.nbytes, encoded.nbytes)
+            hint.note(raw.nbytes, encoded.nbytes)
         return encoded
 
-    def _follow(self, raw: _Bytes, plan: _Plan) -> Encoded:
-        if plan.codec == layout.CODEC_PLANES:
-            return self._encode_planes(raw, plan.settings, rotated=plan.rotated)
-        if plan.codec == layout.CODEC_ZSTD:
-            return self._encode_whole(raw, plan.settings[0])
-        return _encoded(layout.CODEC_RAW, (raw,))
+    def _choose(self, raw: _Bytes, dtype: str) -> sampling.Choice:
+        return sampling.choose(raw, dtype, self._zstd)
+
+    def _follow(self, raw: _Bytes, choice: sampling.Choice) -> Encoded:
+        if choice.codec == layout.CODEC_PLANES:
+            return self._encode_planes(raw, choice.settings, rotated=choice.rotated)
+        if choice.codec == layout.CODEC_ZSTD:
+            return self._encode_whole(raw, choice.settings[0])
+        return _encoded(layout.CODEC_RAW, raw.data)
 
     def _encode_whole(self, raw: _Bytes, setting: int) -> Encoded:
         frame = self._zstd[setting].compress(raw.data)
-        if len(frame) >= raw.nbytes:
-            return _encoded(layout.CODEC_RAW, (raw,))
-        return _encoded(layout.CODEC_ZSTD, (frame,))
+        nbytes = len(frame)
+        if nbytes >= raw.nbytes:
+            return _encoded(layout.CODEC_RAW, raw.data)
+        self._room(nbytes).data[:nbytes] = frame
+        return _encoded(layout.CODEC_ZSTD, self._take(nbytes))
 
     def _encode_planes(self, raw: _Bytes, settings: tuple[int, ...], *, rotated: bool) -> Encoded:
         w = len(settings)
         n = raw.nbytes // w
-        # Planes stored raw are cut straight into memory of the result, neighbours into one part.
-        owned = np.empty(n * settings.count(_RAW), np.uint8)
-        scratch = self._room(n * (w - settings.count(_RAW)))
-        cut: list[_Bytes] = []
-        owned_used = scratch_used = 0
-        for setting in settings:
-            if setting == _RAW:
-                cut.append(owned[owned_used : owned_used + n])
-                owned_used += n
-            else:
-                cut.append(scratch[scratch_used : scratch_used + n])
-                scratch_used += n
+        leading = next((i for i, setting in enumerate(settings) if setting), w)
+        begin = at = layout.PLANES_HEADER_NBYTES + 4 * w
+        room = self._room(begin + raw.nbytes)
+        # Planes that are stored as they are come first, as a rule: they are cut into their place.
+        cut = [room[begin + i * n : begin + (i + 1) * n] for i in range(leading)]
+        scratch = self._scratch_of((w - leading) * n)
+        cut += [scratch[i * n : (i + 1) * n] for i in range(w - leading)]
         planes.split(raw, cut, rotated=rotated)
-
-        stored = [
-            plane if setting == _RAW else self._encode_plane(plane, setting)
-            for plane, setting in zip(cut, settings, strict=True)
-        ]
-        lengths = np.array([len(plane) for plane in stored], _U32)
+        at += leading * n
+        lengths = [n] * leading
+        view = room.data
+        for plane, setting in zip(cut[leading:], settings[leading:], strict=True):
+            stored = self._encode_plane(plane, setting)
+            end = at + len(stored)
+            if end >= raw.nbytes:
+                return _encoded(layout.CODEC_RAW, raw.data)
+            view[at:end] = stored
+            lengths.append(len(stored))
+            at = end
+        if at >= raw.nbytes:
+            return _encoded(layout.CODEC_RAW, raw.data)
         flags = layout.PLANES_ROTATED if rotated else 0
-        parts: list[Buffer] = [_PLANES_HEAD.pack(flags, w, 0) + lengths.tobytes()]
-        owned_used = i = 0
-        while i < w:
-            run = i
-            while run < w and settings[run] == _RAW:
-                run += 1
-            if run > i:
-                parts.append(owned[owned_used : owned_used + (run - i) * n])
-                owned_used += (run - i) * n
-                i = run
-            else:
-                parts.append(stored[i])
-                i += 1
-        if len(parts[0]) + int(lengths.sum(dtype=np.int64)) >= raw.nbytes:
-            return _encoded(layout.CODEC_RAW, (raw,))
-        return _encoded(layout.CODEC_PLANES, tuple(parts))
+        _PLANES_HEADS[w].pack_into(view, 0, flags, w, 0, *lengths)
+        return _encoded(layout.CODEC_PLANES, self._take(at))
 
-    def _encode_plane(self, plane: _Bytes, setting: int) -> Buffer:
+    def _encode_plane(self, plane: _Bytes, setting: int) -> memoryview | bytes:
+        if setting == sampling.RAW:
+            return plane.data
         if _is_constant(plane, 1):
             return plane[:1].tobytes()
         frame = self._zstd[setting].compress(plane.data)
         # A frame of just this length would be read as the plane itself.
-        return frame if len(frame) < len(plane) else plane.copy()
+        return frame if len(frame) < len(plane) else plane.data
+
+    # --- memory -----------------------------------------------------------------
 
     def _room(self, nbytes: int) -> _Bytes:
+        """Give memory of which `_take` keeps as much as was used, from the beginning."""
+        if self._used + nbytes > len(self._block):
+            # The payloads in the old one keep it alive as long as they are needed.
+            self._block, self._used = self._empty(max(nbytes, _BLOCK_NBYTES)), 0
+        return self._block[self._used : self._used + nbytes]
+
+    def _take(self, nbytes: int) -> memoryview:
+        taken = self._block[self._used : self._used + nbytes]
+        self._used += -(-nbytes // 64) * 64
+        return taken.data
+
+    def _scratch_of(self, nbytes: int) -> _Bytes:
         if nbytes <= len(self._scratch):
             return self._scratch
-        room = np.empty(nbytes, np.uint8)
+        scratch = np.empty(nbytes, np.uint8)
         if nbytes <= _KEPT_SCRATCH_NBYTES:
-            self._scratch = room
-        return room
-
-    # --- choosing ---------------------------------------------------------------
-
-    def _plan(self, raw: _Bytes, dtype: str) -> _Plan:
-        """Choose codec and settings from samples of a chunk."""
-        size, w = dtypes.itemsize(dtype), dtypes.word_nbytes(dtype)
-        best = _Plan(
-            codec=layout.CODEC_RAW,
-            settings=(),
-            rotated=False,
-            expected=1 - _PAYS[_ENTROPY],  # what anything else has to beat
-            sampled_nbytes=raw.nbytes,
-        )
-        if w > 1:
-            sample = _sample(raw, size)
-            is_float = not dtypes.is_integer(dtype)
-            for rotated in (False, True) if is_float else (False,):
-                settings, expected = self._plan_planes(sample, w, rotated=rotated)
-                expected += (layout.PLANES_HEADER_NBYTES + 4 * w) / raw.nbytes
-                if expected < best.expected * (_ROTATION_PAYS if rotated else 1):
-                    best = _Plan(
-                        codec=layout.CODEC_PLANES,
-                        settings=settings,
-                        rotated=rotated,
-                        expected=expected,
-                        sampled_nbytes=raw.nbytes,
-                    )
-        # The middle: chunks often begin and end with padding.
-        middle = max(0, (raw.nbytes - _WHOLE_SAMPLE_NBYTES) // 2)
-        whole = raw[middle : middle + _WHOLE_SAMPLE_NBYTES]
-        setting, expected = self._plan_run(
-            whole, (_ENTROPY, _LEVEL_1, _LEVEL_3) if w == 1 else (_LEVEL_1, _LEVEL_3)
-        )
-        if expected < best.expected * _WHOLE_PAYS:
-            best = _Plan(
-                codec=layout.CODEC_ZSTD,
-                settings=(setting,),
-                rotated=False,
-                expected=expected,
-                sampled_nbytes=raw.nbytes,
-            )
-        return best
-
-    def _plan_planes(
-        self, sample: _Bytes, w: int, *, rotated: bool
-    ) -> tuple[tuple[int, ...], float]:
-        n = len(sample) // w
-        cut = list(np.empty((w, n), np.uint8))
-        planes.split(sample, cut, rotated=rotated)
-        chosen = [self._plan_run(plane, (_ENTROPY, _LEVEL_1, _LEVEL_3)) for plane in cut]
-        settings = tuple(setting for setting, _ in chosen)
-        if not any(settings):
-            return settings, 1.0
-        return settings, sum(expected for _, expected in chosen) / w
-
-    def _plan_run(self, run: _Bytes, settings: tuple[int, ...]) -> tuple[int, float]:
-        """Choose how to store a run of bytes; give the fraction of it that remains."""
-        best, remains = _RAW, 1.0
-        for setting in settings:
-            fraction = len(self._zstd[setting].compress(run.data)) / len(run)
-            if fraction < remains - _PAYS[setting]:
-                best, remains = setting, fraction
-        return best, remains
+            self._scratch = scratch
+        return scratch
 
 
 def encode_delta(raw: _Bytes, *, rows: int) -> Encoded:
@@ -388,18 +248,11 @@ def encode_delta(raw: _Bytes, *, rows: int) -> Encoded:
     np.subtract(words[1:], words[:-1], out=deltas[1:])
     payload = np.empty(raw.nbytes, np.uint8)
     planes.split(deltas.reshape(-1).view(np.uint8), list(payload.reshape(8, -1)), rotated=False)
-    return _encoded(layout.CODEC_DELTA, (payload,))
+    return _encoded(layout.CODEC_DELTA, payload.data)
 
 
-def _view(buffer: Buffer) -> memoryview:
-    return buffer.data if isinstance(buffer, np.ndarray) else memoryview(buffer)
-
-
-def _encoded(codec: int, parts: tuple[Buffer, ...]) -> Encoded:
-    crc = 0
-    for part in parts:
-        crc = crc32c.crc32c(_view(part), crc)
-    return Encoded(codec=codec, parts=parts, nbytes=sum(map(len, parts)), crc32c=crc)
+def _encoded(codec: int, payload: bytes | memoryview) -> Encoded:
+    return Encoded(codec, payload, crc32c.crc32c(payload))
 
 
 def _is_constant(raw: _Bytes, size: int) -> bool:
@@ -417,16 +270,6 @@ def _is_constant(raw: _Bytes, size: int) -> bool:
         if not np.equal(here, there, out=equal[: len(here)]).all():
             return False
     return True
-
-
-def _sample(raw: _Bytes, size: int) -> _Bytes:
-    """Take whole elements from a few places of a chunk."""
-    count = len(raw) // size
-    if count <= _PLANE_SAMPLE_WORDS:
-        return raw
-    stretch = _PLANE_SAMPLE_WORDS // _STRETCHES
-    starts = [(count - stretch) * i // (_STRETCHES - 1) for i in range(_STRETCHES)]
-    return np.concatenate([raw[s * size : (s + stretch) * size] for s in starts])
 
 
 # --- decoding -------------------------------------------------------------------

@@ -17,14 +17,17 @@ from tensorstore_fmt.format.catalog import Series
 from tensorstore_fmt.format.progressions import runs_of_steps
 from tensorstore_fmt.format.shard import ShardRow
 from tensorstore_fmt.format.strings import pack_strings
+from tensorstore_fmt.writing.buffers import BufferPool
 from tensorstore_fmt.writing.failures import Failures
-from tensorstore_fmt.writing.options import WriterOptions
+from tensorstore_fmt.writing.options import MIB, WriterOptions
 from tensorstore_fmt.writing.pending import Generation, PendingEntry, Placed, Save
 from tensorstore_fmt.writing.quota import Quota
 from tensorstore_fmt.writing.shards import ShardSink
 
 __all__ = ["DigestTable", "EncoderPool"]
 
+_PAYLOADS_NBYTES: Final = 32 * MIB  # a batch that is written, one that grows, two encoders' blocks
+_BYTE: Final = np.dtype(np.uint8)
 _SMALL_PAYLOAD_NBYTES: Final = 256  # such payloads are kept in the index
 _MAX_STATS_STEPS: Final = layout.JOINED_INLINE_NBYTES // (8 * layout.STATS_LEN)
 
@@ -81,6 +84,7 @@ class EncoderPool:
         self._quota = quota
         self._failures = failures
         self._digests = DigestTable()
+        self._blocks = BufferPool(_PAYLOADS_NBYTES)
         self._queue: queue.SimpleQueue[tuple[Generation, Save] | None] = queue.SimpleQueue()
         self._own = threading.local()
         self._threads = [
@@ -120,9 +124,12 @@ class EncoderPool:
     def _encoder(self) -> codec.Encoder:
         """Give the encoder of this thread."""
         if not hasattr(self._own, "encoder"):
-            self._own.encoder = codec.Encoder(self._options.compression)
+            self._own.encoder = codec.Encoder(self._options.compression, empty=self._empty)
         found: codec.Encoder = self._own.encoder
         return found
+
+    def _empty(self, nbytes: int) -> np.ndarray:
+        return self._blocks.empty((nbytes,), _BYTE)
 
     def _encode(self, generation: Generation, save: Save) -> None:
         try:
@@ -295,7 +302,7 @@ class _SaveEncoder:
                     raw_nbytes=placed.raw_nbytes,
                     crc32c=placed.crc32c,
                     digest=digest or 0,
-                    parts=encoded.parts,
+                    parts=(encoded.payload,),
                 ),
                 placed,
             )

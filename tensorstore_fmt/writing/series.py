@@ -8,7 +8,7 @@ from typing import Final, Literal
 
 from tensorstore_fmt import dtypes
 from tensorstore_fmt.errors import ArgumentError, StateError
-from tensorstore_fmt.format import codec, grid, layout, statistics
+from tensorstore_fmt.format import grid, layout, sampling, statistics
 from tensorstore_fmt.format.catalog import Series
 from tensorstore_fmt.writing.options import StatsChoice, WriterOptions
 
@@ -52,7 +52,7 @@ class Kept:
     storing: Storing
     stats: Series | None
     has_data: bool
-    hint: codec.Hint = field(default_factory=codec.Hint)
+    hint: sampling.Hint = field(default_factory=sampling.Hint)
 
     @property
     def boxes(self) -> int:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tensorstore_fmt import dtypes
 from tensorstore_fmt.errors import FormatError
-from tensorstore_fmt.format import codec, layout, planes
+from tensorstore_fmt.format import codec, layout, planes, sampling
 from tensorstore_fmt.format.strings import pack_strings, unpack_strings
 
 pytestmark = pytest.mark.usefixtures("implementation")
@@ -70,7 +70,7 @@ def test_planes_come_back_whatever_the_settings(
 
 @given(st.lists(chunks(max_elements=3000), min_size=1, max_size=8))
 def test_any_series_comes_back_with_one_hint(series: list[tuple[str, np.ndarray]]) -> None:
-    hint = codec.Hint()
+    hint = sampling.Hint()
     encoded = [encoder("auto").encode(raw, dtype=dtype, hint=hint) for dtype, raw in series]
     for one, (dtype, raw) in zip(encoded, series, strict=True):
         assert comes_back(one, raw, dtype)
@@ -171,7 +171,7 @@ def test_threads_do_not_share_scratch() -> None:
 
     def work(seed: int) -> None:
         try:
-            mine, hint = codec.Encoder(), codec.Hint()
+            mine, hint = codec.Encoder(), sampling.Hint()
             rng = np.random.default_rng(seed)
             for _ in range(20):
                 raw = rng.standard_normal(40_000).astype(np.float32).view(np.uint8)

@@ -13,7 +13,7 @@ import zstandard
 
 from tensorstore_fmt import dtypes
 from tensorstore_fmt.errors import ArgumentError, FormatError, LimitError, UnsupportedError
-from tensorstore_fmt.format import codec, layout, planes
+from tensorstore_fmt.format import codec, layout, planes, sampling
 from tensorstore_fmt.format.strings import pack_strings, unpack_strings
 
 pytestmark = pytest.mark.usefixtures("implementation")
@@ -121,7 +121,7 @@ def test_none_stores_raw_without_a_copy() -> None:
     raw = np.zeros(1000, np.uint8)
     encoded = encode(raw, "float32", "none")
     assert encoded.codec == layout.CODEC_RAW
-    assert np.shares_memory(np.frombuffer(encoded.parts[0], np.uint8), raw)
+    assert np.shares_memory(np.frombuffer(encoded.payload, np.uint8), raw)
 
 
 def test_zstd_falls_back_to_raw() -> None:
@@ -130,7 +130,7 @@ def test_zstd_falls_back_to_raw() -> None:
 
 
 def test_parts_survive_later_chunks() -> None:
-    encoder, hint = codec.Encoder(), codec.Hint()
+    encoder, hint = codec.Encoder(), sampling.Hint()
     chunks = [as_bytes(np.roll(weights(), i) * (i + 1)) for i in range(4)]
     encoded = [encoder.encode(chunk, dtype="float32", hint=hint) for chunk in chunks]
     for chunk, one in zip(chunks, encoded, strict=True):
@@ -152,13 +152,13 @@ def test_wrong_arguments() -> None:
 class Counting(codec.Encoder):
     samples = 0
 
-    def _plan(self, raw: np.ndarray, dtype: str) -> Any:
+    def _choose(self, raw: np.ndarray, dtype: str) -> Any:
         self.samples += 1
-        return super()._plan(raw, dtype)
+        return super()._choose(raw, dtype)
 
 
 def test_a_hint_makes_sampling_rare() -> None:
-    encoder, hint, raw = Counting(), codec.Hint(), as_bytes(weights())
+    encoder, hint, raw = Counting(), sampling.Hint(), as_bytes(weights())
     for _ in range(100):
         encoder.encode(raw, dtype="float32", hint=hint)
     assert encoder.samples == 1
@@ -167,15 +167,15 @@ def test_a_hint_makes_sampling_rare() -> None:
 
 
 def test_a_hint_samples_again_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(codec, "_FIRST_INTERVAL_NBYTES", 4096)
-    encoder, hint, raw = Counting(), codec.Hint(), as_bytes(weights(256))
+    monkeypatch.setattr(sampling, "_FIRST_INTERVAL_NBYTES", 4096)
+    encoder, hint, raw = Counting(), sampling.Hint(), as_bytes(weights(256))
     for _ in range(4 + 8 + 16 + 1):
         encoder.encode(raw, dtype="float32", hint=hint)
     assert encoder.samples == 4
 
 
 def test_a_hint_notices_other_data() -> None:
-    encoder, hint = Counting(), codec.Hint()
+    encoder, hint = Counting(), sampling.Hint()
     dense, sparse = as_bytes(weights()), as_bytes(np.maximum(weights() - 0.05, 0))
     encoder.encode(dense, dtype="float32", hint=hint)
     codecs = [encoder.encode(sparse, dtype="float32", hint=hint).codec for _ in range(40)]
@@ -185,7 +185,7 @@ def test_a_hint_notices_other_data() -> None:
 
 
 def test_a_hint_survives_another_dtype_and_size() -> None:
-    encoder, hint = Counting(), codec.Hint()
+    encoder, hint = Counting(), sampling.Hint()
     for dtype, raw in [("float32", as_bytes(weights(100))), ("float32", as_bytes(weights())),
                        ("bfloat16", as_bytes(weights())), ("bool", noise() & 1)]:  # fmt: skip
         one = encoder.encode(raw, dtype=dtype, hint=hint)

@@ -8,7 +8,7 @@ import pytest
 import zstandard
 
 from tensorstore_fmt.errors import FormatError
-from tensorstore_fmt.format import codec, layout
+from tensorstore_fmt.format import codec, layout, sampling
 
 RNG = np.random.default_rng(0)
 
@@ -35,7 +35,7 @@ def test_below_64_bytes_nothing_but_raw_and_constant_is_tried() -> None:
 
 def test_planes_that_turn_out_too_long_are_stored_raw() -> None:
     """A hint was right for the chunks before; this one is noise."""
-    encoder, hint = codec.Encoder(), codec.Hint()
+    encoder, hint = codec.Encoder(), sampling.Hint()
     smooth = (np.arange(32768) // 7).astype("<i4").view(np.uint8)
     assert encoder.encode(smooth, dtype="int32", hint=hint).codec == layout.CODEC_PLANES
     noise = RNG.integers(0, 256, smooth.nbytes, np.uint8)
