@@ -25,6 +25,13 @@
 #define BLOCK 8192                /* bytes: a block and its scratch stay in a first-level cache */
 #define GIL_NBYTES (32 * 1024)    /* less takes a few microseconds: keep the GIL */
 
+/* Not Py_RETURN_NONE: the headers of 3.12 and later take None for immortal and add no reference,
+   whatever Py_LIMITED_API says, but one build also serves 3.11, where None can run out of them. */
+static PyObject *none(void) {
+    Py_IncRef(Py_None);
+    return Py_None;
+}
+
 typedef const uint8_t *restrict in_t;
 typedef uint8_t *restrict out_t;
 
@@ -456,7 +463,7 @@ static PyObject *run(PyObject *words, PyObject *cut, PyObject *flag, int joins) 
     PyBuffer_Release(&whole);
     if (w < 0) return NULL;
     if (!fits) return refuse("planes must hold one byte of each word");
-    Py_RETURN_NONE;
+    return none();
 }
 
 static PyObject *py_split(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs) {
@@ -519,7 +526,7 @@ static PyObject *py_statistics(PyObject *Py_UNUSED(module), PyObject *const *arg
     }
     release(views, 3);
     if (!fits) return refuse("data, values and out do not fit each other");
-    Py_RETURN_NONE;
+    return none();
 }
 
 static PyMethodDef METHODS[] = {

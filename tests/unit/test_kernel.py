@@ -74,6 +74,19 @@ def test_any_buffer_will_do() -> None:
     assert out == raw
 
 
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="None is immortal")
+def test_none_is_not_used_up() -> None:
+    # A kernel that was built with the headers of a later Python may take None for immortal.
+    built, raw = compiled(), zeros(64)
+    planes_of = [zeros(16) for _ in range(4)]
+    before = sys.getrefcount(None)
+    for _ in range(500):
+        built.split(raw, planes_of, False)
+        built.join(planes_of, raw, False)
+        built.statistics(raw, "f", VALUES, vectors())
+    assert abs(sys.getrefcount(None) - before) < 200  # other threads and the tracer take some
+
+
 # --- what the kernel refuses, whoever calls it ------------------------------------------
 
 
