@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-from peers.layout import Steps, chunk_elements, file_name, flat, runs
+from peers.layout import (
+    FlatReader,
+    Steps,
+    batched,
+    chunk_elements,
+    file_name,
+    flat,
+    steps_together,
+)
 from suite.contestant import Item, Reader, Series, Store
 
 _COLUMN = "values"
@@ -34,16 +43,17 @@ class _Tables(Store):
         for s in series:
             schema = pa.schema([pa.field(_COLUMN, self._type(s), nullable=False)])
             writers[s.name] = self._writer(folder / file_name(s.name), schema)
-        for step, name, values in items:
+        together = {s.name: steps_together(s) for s in series}
+        for numbers, name, values in batched(items, together, aligned=False):
             row, writer = flat(values), writers[name]
-            size = self._piece(row)
-            for start in range(0, max(1, row.size), size):
+            size = self._piece(row.size, row.itemsize)
+            for start in range(0, row.size, size):
                 piece = row[start : start + size]
                 column = pa.Array.from_buffers(
                     writer.schema.types[0], piece.size, [None, pa.py_buffer(piece)]
                 )
                 writer.write_batch(pa.record_batch([column], schema=writer.schema))
-            steps.add(name, step)
+            steps.add(name, numbers)
         for writer in writers.values():
             writer.close()
         steps.save(folder)
@@ -53,17 +63,17 @@ class _Tables(Store):
 
         return pa.from_numpy_dtype(flat(np.empty(0, series.numpy_dtype)).dtype)
 
-    def _piece(self, row: np.ndarray) -> int:
-        return chunk_elements(row.itemsize)
+    def _piece(self, size: int, itemsize: int) -> int:
+        """Say how many numbers of a tensor of `size` go into one piece."""
+        return chunk_elements(itemsize)
 
 
-class _TableReader(Reader):
+class _TableReader(FlatReader):
     """Decodes the pieces that a selection touches."""
 
-    def __init__(self, folder: Path, series: Sequence[Series]) -> None:
-        self._folder = folder
-        self._series = {s.name: s for s in series}
-        self._places = Steps.load(folder)
+    def __init__(self, store: _Tables, folder: Path, series: Sequence[Series]) -> None:
+        super().__init__(folder, series)
+        self._store = store
         self._files: dict[str, Any] = {}
 
     def _open(self, path: Path) -> Any:
@@ -73,39 +83,49 @@ class _TableReader(Reader):
         """Give the columns of some pieces."""
         raise NotImplementedError
 
-    def _piece(self, size: int, itemsize: int) -> int:
-        return chunk_elements(itemsize)
-
-    def _flat(self, name: str, step: int, first: int, stop: int) -> tuple[np.ndarray, int]:
-        """Give a stretch of the flat tensor that covers `first` to `stop`, and where it begins."""
-        series = self._series[name]
-        size = int(np.prod(series.shape))
-        itemsize = series.numpy_dtype.itemsize
-        piece = self._piece(size, itemsize)
-        pieces = -(-size // piece)
-        numbers = list(range(first // piece, -(-stop // piece)))
-        before = self._places[name][step] * pieces
+    def _pieces(self, name: str, numbers: np.ndarray) -> list[np.ndarray]:
         if name not in self._files:
             self._files[name] = self._open(self._folder / file_name(name))
-        columns = self._decoded(self._files[name], [before + number for number in numbers])
-        rows = [
-            np.frombuffer(column.buffers()[1], series.numpy_dtype)[
-                column.offset : column.offset + len(column)
-            ]
-            for column in columns
+        dtype = self._series[name].numpy_dtype
+        return [
+            np.frombuffer(column.buffers()[1], dtype)[column.offset : column.offset + len(column)]
+            for column in self._decoded(self._files[name], numbers.tolist())
         ]
-        return rows[0] if len(rows) == 1 else np.concatenate(rows), numbers[0] * piece
+
+    def _layout(self, name: str) -> tuple[int, int, int]:
+        """Give the numbers of a group of steps, of a piece, and the pieces of a group."""
+        series = self._series[name]
+        group = steps_together(series) * math.prod(series.shape)
+        piece = min(group, self._store._piece(group, series.numpy_dtype.itemsize))
+        return group, piece, -(-group // piece)
 
     def whole(self, name: str, step: int) -> np.ndarray:
         shape = self._series[name].shape
-        found, _ = self._flat(name, step, 0, int(np.prod(shape)))
-        return (found if found.flags.owndata else found.copy()).reshape(shape)
+        found = self.gather(name, np.array([self._places[name][step] * math.prod(shape)]), -1)
+        return found.reshape(shape)
 
-    def part(self, name: str, step: int, index: tuple) -> np.ndarray:
-        starts, length, shape = runs(self._series[name].shape, index)
-        found, begin = self._flat(name, step, int(starts.min()), int(starts.max()) + length)
-        windows = np.lib.stride_tricks.sliding_window_view(found, length)
-        return windows[starts - begin].reshape(shape)
+    def gather(self, name: str, starts: np.ndarray, length: int) -> np.ndarray:
+        group, piece, pieces = self._layout(name)
+        length = math.prod(self._series[name].shape) if length < 0 else length
+        groups, within = starts // group, starts % group
+        first = groups * pieces + within // piece
+        last = groups * pieces + (within + length - 1) // piece
+        numbers = np.unique(np.concatenate([np.arange(a, b + 1) for a, b in _spans(first, last)]))
+        rows = self._pieces(name, numbers)
+        joined = rows[0] if len(rows) == 1 else np.concatenate(rows)
+        # All pieces of a group are full but the last; Parquet joins what it reads.
+        sizes = np.where(numbers % pieces == pieces - 1, group - (pieces - 1) * piece, piece)
+        bases = np.cumsum(sizes) - sizes
+        at = bases[np.searchsorted(numbers, first)] + within % piece
+        if len(at) == 1:
+            return joined[at[0] : at[0] + length][None]
+        # A run goes on in the next piece, which is the next one here too.
+        return np.lib.stride_tricks.sliding_window_view(joined, length)[at]
+
+
+def _spans(first: np.ndarray, last: np.ndarray) -> list[tuple[int, int]]:
+    """Give each span of pieces once."""
+    return [tuple(pair) for pair in np.unique(np.stack([first, last], axis=1), axis=0).tolist()]
 
 
 class ArrowIpc(_Tables):
@@ -123,12 +143,12 @@ class ArrowIpc(_Tables):
         writer = pa.ipc.new_file(str(path), schema, options=options)
         return _Named(writer, schema)
 
-    def _piece(self, row: np.ndarray) -> int:
-        return max(1, row.size)
+    def _piece(self, size: int, itemsize: int) -> int:
+        return size
 
     def reader(self, place: str | Path, series: Sequence[Series]) -> Reader:
         """Map each file when it is first read."""
-        return _ArrowReader(Path(place), series)
+        return _MappedReader(self, Path(place), series)
 
 
 class _Named:
@@ -149,8 +169,28 @@ class _ArrowReader(_TableReader):
     def _decoded(self, file: Any, numbers: list[int]) -> list:
         return [file.get_batch(number).column(0) for number in numbers]
 
-    def _piece(self, size: int, itemsize: int) -> int:
-        return max(1, size)
+
+class _MappedReader(_ArrowReader):
+    """Whole tensors lie in the map as they are: a part is a slice of a view."""
+
+    def _tensors(self, name: str, number: int) -> np.ndarray:
+        """Give the tensors of one batch, stacked."""
+        shape = self._series[name].shape
+        row = self._pieces(name, np.array([number]))[0]
+        return row.reshape(-1, *shape)
+
+    def whole(self, name: str, step: int) -> np.ndarray:
+        return self.parts(name, range(step, step + 1), ())[0]
+
+    def parts(self, name: str, steps: range, index: tuple) -> np.ndarray:
+        places, count = self._places[name], steps_together(self._series[name])
+        found, held, tensors = [], -1, np.empty(0)
+        for step in steps:
+            number, place = divmod(places[step], count)
+            if number != held:
+                held, tensors = number, self._tensors(name, number)
+            found.append(tensors[(place, *index)])
+        return np.stack(found)
 
 
 class ArrowZstd(ArrowIpc):
@@ -161,17 +201,12 @@ class ArrowZstd(ArrowIpc):
     compresses = True
     codec = "zstd"
 
-    def _piece(self, row: np.ndarray) -> int:
-        return chunk_elements(row.itemsize)
+    def _piece(self, size: int, itemsize: int) -> int:
+        return chunk_elements(itemsize)
 
     def reader(self, place: str | Path, series: Sequence[Series]) -> Reader:
         """Map each file when it is first read."""
-        return _ArrowZstdReader(Path(place), series)
-
-
-class _ArrowZstdReader(_ArrowReader):
-    def _piece(self, size: int, itemsize: int) -> int:
-        return chunk_elements(itemsize)
+        return _ArrowReader(self, Path(place), series)
 
 
 class Parquet(_Tables):
@@ -209,7 +244,7 @@ class Parquet(_Tables):
 
     def reader(self, place: str | Path, series: Sequence[Series]) -> Reader:
         """Map each file when it is first read."""
-        return _ParquetReader(Path(place), series)
+        return _ParquetReader(self, Path(place), series)
 
 
 class _ParquetReader(_TableReader):

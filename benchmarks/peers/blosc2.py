@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from peers.layout import SteppedReader, file_name
+from peers.layout import SteppedReader, batched, file_name, steps_in_shard, steps_together
 from suite.contestant import Item, Reader, Series, Store
 
 _THREADS = 2
@@ -36,17 +36,18 @@ class _Blosc2(Store):
         )
 
     def write(self, place: str | Path, series: Sequence[Series], items: Iterable[Item]) -> None:
-        """Create every array, then assign each tensor."""
+        """Create every array, then assign each tensor, or a chunk of small ones."""
         import blosc2
 
         folder = Path(place)
         folder.mkdir(parents=True, exist_ok=True)
+        together = {s.name: steps_in_shard(s) for s in series}
         arrays = {
             s.name: blosc2.uninit(
                 (s.steps, *s.shape),
                 dtype=s.numpy_dtype,
-                chunks=(1, *s.shape),
-                blocks=(1, *s.chunk),
+                chunks=(together[s.name], *s.shape),
+                blocks=(steps_together(s), *s.chunk),
                 urlpath=str(folder / file_name(s.name, ".b2nd")),
                 contiguous=True,
                 mode="w",
@@ -55,8 +56,8 @@ class _Blosc2(Store):
             )
             for s in series
         }
-        for step, name, values in items:
-            arrays[name][step] = values
+        for steps, name, values in batched(items, together):
+            arrays[name][steps[0] : steps[-1] + 1] = values
 
     def reader(self, place: str | Path, series: Sequence[Series]) -> Reader:
         """Open each array when it is first read."""

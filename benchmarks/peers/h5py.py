@@ -6,7 +6,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from peers.layout import SteppedReader, file_name
+import numpy as np
+
+from peers.layout import SteppedReader, batched, file_name, steps_together
 from suite.contestant import Item, Reader, Series, Store
 
 _FILE = "run.h5"
@@ -23,10 +25,11 @@ class _H5py(Store):
         return {}
 
     def write(self, place: str | Path, series: Sequence[Series], items: Iterable[Item]) -> None:
-        """Create every dataset, then assign each tensor."""
+        """Create every dataset, then assign each tensor, or a chunk of small ones."""
         import h5py
 
         filters = self._filter()
+        together = {s.name: steps_together(s) for s in series}
         Path(place).mkdir(parents=True, exist_ok=True)
         with h5py.File(Path(place) / _FILE, "w", libver="latest") as file:
             datasets = {
@@ -34,19 +37,16 @@ class _H5py(Store):
                     file_name(s.name),
                     shape=(s.steps, *s.shape),
                     dtype=s.numpy_dtype,
-                    chunks=(1, *s.chunk),
+                    chunks=(together[s.name], *s.chunk),
                     fill_time="never",  # whatever is read was written
                     **filters,
                 )
                 for s in series
             }
-            for step, name, values in items:
+            for steps, name, values in batched(items, together):
                 # One call for the whole selection, without a copy.
-                space = (step, *[slice(None)] * values.ndim)
-                if values.ndim:
-                    datasets[name].write_direct(values, dest_sel=space)
-                else:
-                    datasets[name][step] = values
+                space = np.s_[steps[0] : steps[-1] + 1]
+                datasets[name].write_direct(values, dest_sel=space)
 
     def reader(self, place: str | Path, series: Sequence[Series]) -> Reader:
         """Open the file."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-from peers.layout import Steps, file_name, flat, runs
+from peers.layout import FlatReader, Steps, file_name, flat
 from suite.contestant import Item, Reader, Series, Store
 
 _COLUMN = "values"
@@ -47,7 +48,7 @@ class _Lance(Store):
             if pa.types.is_fixed_size_list(schema.types[0]):
                 column = pa.FixedSizeListArray.from_arrays(column, type=schema.types[0])
             writers[name].write_batch(pa.record_batch([column], schema=schema))
-            steps.add(name, step)
+            steps.add(name, [step])
         for name, writer in writers.items():
             # A file without rows cannot be closed.
             if name in steps.names:
@@ -59,11 +60,9 @@ class _Lance(Store):
         return _LanceReader(Path(place), series, is_flat=self.is_flat)
 
 
-class _LanceReader(Reader):
+class _LanceReader(FlatReader):
     def __init__(self, folder: Path, series: Sequence[Series], *, is_flat: bool) -> None:
-        self._folder = folder
-        self._series = {s.name: s for s in series}
-        self._places = Steps.load(folder)
+        super().__init__(folder, series)
         self._is_flat = is_flat
         self._files: dict[str, Any] = {}
 
@@ -83,30 +82,25 @@ class _LanceReader(Reader):
             column = column.flatten()
         return column.to_numpy(zero_copy_only=False).view(self._series[name].numpy_dtype)
 
+    def _stretch(self, name: str, first: int, count: int) -> np.ndarray:
+        return self._numbers(self._file(name).read_range(first, count, batch_size=count), name)
+
     def whole(self, name: str, step: int) -> np.ndarray:
         series = self._series[name]
-        rows = int(np.prod(series.shape)) // _width(series, is_flat=self._is_flat)
-        first = self._places[name][step] * rows
-        found = self._file(name).read_range(first, rows, batch_size=rows)
-        return np.array(self._numbers(found, name)).reshape(series.shape)
+        rows = math.prod(series.shape) // _width(series, is_flat=self._is_flat)
+        return self._stretch(name, self._places[name][step] * rows, rows).reshape(series.shape)
 
-    def part(self, name: str, step: int, index: tuple) -> np.ndarray:
-        series = self._series[name]
-        width = _width(series, is_flat=self._is_flat)
-        starts, length, shape = runs(series.shape, index)
-        begin = self._places[name][step] * int(np.prod(series.shape))
-        places = begin + starts[:, None] + np.arange(length)
-        rows, where = np.unique(places // width, return_inverse=True)
-        file = self._file(name)
+    def gather(self, name: str, starts: np.ndarray, length: int) -> np.ndarray:
+        width = _width(self._series[name], is_flat=self._is_flat)
+        places = starts[:, None] + np.arange(length)
+        rows = np.unique(places // width)
         if len(rows) <= _TAKEN:
-            found = self._numbers(file.take_rows(rows.tolist()), name)
+            found = self._numbers(self._file(name).take_rows(rows.tolist()), name)
         else:
-            first, count = int(rows[0]), int(rows[-1] - rows[0] + 1)
-            found = self._numbers(file.read_range(first, count, batch_size=count), name)
-            where = (places // width).reshape(-1) - first
-        return found.reshape(-1, width)[where.reshape(-1), places.reshape(-1) % width].reshape(
-            shape
-        )
+            rows = np.arange(rows[0], rows[-1] + 1)
+            found = self._stretch(name, int(rows[0]), len(rows))
+        where = np.searchsorted(rows, places // width)
+        return found.reshape(-1, width)[where, places % width]
 
 
 def _width(series: Series, *, is_flat: bool) -> int:

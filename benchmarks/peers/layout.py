@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 
-from suite.contestant import CHUNK_NBYTES, Item, Reader
+from suite.contestant import CHUNK_NBYTES, Item, Reader, Series
+
+SHARD_NBYTES = 16 << 20
 
 
 class SteppedReader(Reader):
@@ -29,15 +33,73 @@ class SteppedReader(Reader):
         return np.asarray(self.array(name)[(slice(steps.start, steps.stop, steps.step), *index)])
 
 
+def steps_together(series: Series, nbytes: int = CHUNK_NBYTES) -> int:
+    """Say how many steps of small tensors go into one chunk (or what else has `nbytes`).
+
+    One for large ones. A chunk a scalar would cost every store its speed.
+    """
+    each = max(1, math.prod(series.shape) * series.numpy_dtype.itemsize)
+    return max(1, min(series.steps, nbytes // each))
+
+
+def steps_in_shard(series: Series) -> int:
+    """Say how many steps go into one shard: one of large tensors, whole chunks of small ones."""
+    chunk = steps_together(series)
+    if chunk == 1:
+        return 1
+    return min(-(-series.steps // chunk), SHARD_NBYTES // CHUNK_NBYTES) * chunk
+
+
+def batched(
+    items: Iterable[Item], together: Mapping[str, int], *, aligned: bool = True
+) -> Iterator[tuple[list[int], str, np.ndarray]]:
+    """Gather the tensors that go into one piece: their steps, the name, the tensors stacked.
+
+    What is gathered waits in memory, which training could lose: this favours the stores that
+    need it.
+
+    Parameters
+    ----------
+    together
+        How many tensors of each name.
+    aligned
+        The steps of a batch follow each other, and it ends where a piece of an array by steps
+        does; else every batch but the last is full.
+    """
+    waiting: dict[str, list[tuple[int, np.ndarray]]] = {}
+    for step, name, values in items:
+        count = together[name]
+        if count == 1:
+            yield [step], name, np.asarray(values)[None]
+            continue
+        batch = waiting.setdefault(name, [])
+        is_apart = bool(batch) and (step != batch[-1][0] + 1 or step % count == 0)
+        if len(batch) == count or (aligned and is_apart):
+            yield _stacked(name, batch)
+            batch.clear()
+        batch.append((step, values))
+    for name, batch in waiting.items():
+        if batch:
+            yield _stacked(name, batch)
+
+
+def _stacked(name: str, batch: list[tuple[int, Any]]) -> tuple[list[int], str, np.ndarray]:
+    return [step for step, _ in batch], name, np.stack([values for _, values in batch])
+
+
 class Steps:
     """Which steps of each name were written, in their order: tables know no steps."""
 
     def __init__(self) -> None:
         self._steps: dict[str, list[int]] = {}
 
-    def add(self, name: str, step: int) -> None:
-        """Note one tensor."""
-        self._steps.setdefault(name, []).append(step)
+    def add(self, name: str, steps: Iterable[int]) -> None:
+        """Note the next tensors of a name."""
+        self._steps.setdefault(name, []).extend(steps)
+
+    def count(self, name: str) -> int:
+        """Say how many tensors a name has by now."""
+        return len(self._steps.get(name, ()))
 
     @property
     def names(self) -> set[str]:
@@ -53,6 +115,30 @@ class Steps:
         """Give each step's place in its table, by name."""
         steps = json.loads((folder / "steps.json").read_text())
         return {name: {step: i for i, step in enumerate(each)} for name, each in steps.items()}
+
+
+class FlatReader(Reader):
+    """Reads tables in which all numbers of a name lie in one row, step after step."""
+
+    def __init__(self, folder: Path, series: Sequence[Series]) -> None:
+        self._folder = folder
+        self._series = {s.name: s for s in series}
+        self._places = Steps.load(folder)
+
+    def gather(self, name: str, starts: np.ndarray, length: int) -> np.ndarray:
+        """Give the runs of `length` numbers that begin at `starts`, as rows."""
+        raise NotImplementedError
+
+    def part(self, name: str, step: int, index: tuple) -> np.ndarray:
+        return self.parts(name, range(step, step + 1), index)[0]
+
+    def parts(self, name: str, steps: range, index: tuple) -> np.ndarray:
+        shape = self._series[name].shape
+        starts, length, result = runs(shape, index)
+        places = self._places[name]
+        firsts = np.array([places[step] for step in steps]) * math.prod(shape)
+        found = self.gather(name, (firsts[:, None] + starts).reshape(-1), length)
+        return found.reshape(len(steps), *result)
 
 
 def file_name(name: str, ending: str = "") -> str:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from peers.layout import SteppedReader, file_name
+from peers.layout import SteppedReader, batched, file_name, steps_in_shard, steps_together
 from suite.contestant import Item, Reader, Series, Store
 
 _CACHE_NBYTES = 1 << 20
@@ -28,7 +28,7 @@ class _TensorStore(Store):
     codec: ClassVar[dict]
 
     def write(self, place: str | Path, series: Sequence[Series], items: Iterable[Item]) -> None:
-        """Hand over tensors as they come; a few are on their way at a time."""
+        """Hand over tensors, or shards of small ones; a few are on their way at a time."""
         import tensorstore as ts
 
         # The shard's index is read again for every chunk, unless there is a cache.
@@ -39,11 +39,13 @@ class _TensorStore(Store):
         ]
         arrays = {name: future.result() for name, future in opening}
         underway: deque = deque()
-        for step, name, values in items:
+        together = {s.name: steps_in_shard(s) for s in series}
+        for steps, name, values in batched(items, together):
             if len(underway) == _IN_FLIGHT:
                 underway.popleft().result()
             # No copy: nobody changes the values.
-            future = arrays[name][step].write(values, can_reference_source_data_indefinitely=True)
+            target = arrays[name][steps[0] : steps[-1] + 1]
+            future = target.write(values, can_reference_source_data_indefinitely=True)
             underway.append(future)
         for future in underway:
             future.result()
@@ -52,7 +54,7 @@ class _TensorStore(Store):
         pairs = zip(series.shape, series.chunk, strict=True)
         shard = [-(-length // chunk) * chunk for length, chunk in pairs]
         inner = {
-            "chunk_shape": [1, *series.chunk],
+            "chunk_shape": [steps_together(series), *series.chunk],
             "codecs": [{"name": "bytes"}, self.codec],
             "index_codecs": [{"name": "bytes"}, {"name": "crc32c"}],
         }
@@ -64,7 +66,7 @@ class _TensorStore(Store):
                 "data_type": series.numpy_dtype.name,
                 "chunk_grid": {
                     "name": "regular",
-                    "configuration": {"chunk_shape": [1, *shard]},
+                    "configuration": {"chunk_shape": [steps_in_shard(series), *shard]},
                 },
                 "codecs": [{"name": "sharding_indexed", "configuration": inner}],
             },

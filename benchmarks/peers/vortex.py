@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-from peers.layout import file_name, flat, runs
+from peers.layout import FlatReader, Steps, batched, file_name, flat, steps_in_shard
 from suite.contestant import Item, Reader, Series, Store
 
 _COLUMN = "values"
@@ -27,7 +28,7 @@ class Vortex(Store):
     options: ClassVar[str] = "default"
 
     def write(self, place: str | Path, series: Sequence[Series], items: Iterable[Item]) -> None:
-        """Write each tensor as it comes: a writer takes all of a file at once."""
+        """Write each tensor, or a shard of small ones: a writer takes all of a file at once."""
         import pyarrow as pa
         import vortex as vx
 
@@ -35,11 +36,14 @@ class Vortex(Store):
         for s in series:
             (folder / file_name(s.name)).mkdir(parents=True, exist_ok=True)
         options = getattr(vx.io.VortexWriteOptions, self.options)()
-        for step, name, values in items:
+        together, steps = {s.name: steps_in_shard(s) for s in series}, Steps()
+        for numbers, name, values in batched(items, together, aligned=False):
             row = pa.array(flat(values))
             schema = pa.schema([pa.field(_COLUMN, row.type, nullable=False)])
-            path = str(folder / file_name(name) / f"{step}.vortex")
+            path = _path(folder, name, steps.count(name) // together[name])
             options.write(pa.table([row], schema=schema), path)
+            steps.add(name, numbers)
+        steps.save(folder)
 
     def reader(self, place: str | Path, series: Sequence[Series]) -> Reader:
         """Open each file when it is first read."""
@@ -54,40 +58,51 @@ class VortexCompact(Vortex):
     options = "compact"
 
 
-class _VortexReader(Reader):
+class _VortexReader(FlatReader):
     def __init__(self, folder: Path, series: Sequence[Series]) -> None:
-        self._folder = folder
-        self._series = {s.name: s for s in series}
+        super().__init__(folder, series)
         self._files: dict[tuple[str, int], Any] = {}
 
-    def _file(self, name: str, step: int) -> Any:
+    def _file(self, name: str, number: int) -> Any:
         import vortex as vx
 
-        if (name, step) not in self._files:
-            path = self._folder / file_name(name) / f"{step}.vortex"
-            self._files[name, step] = vx.open(str(path))
-        return self._files[name, step]
+        if (name, number) not in self._files:
+            self._files[name, number] = vx.open(_path(self._folder, name, number))
+        return self._files[name, number]
 
-    def _numbers(self, column: Any, name: str) -> np.ndarray:
-        import pyarrow as pa
-
-        if isinstance(column, pa.ChunkedArray):
-            column = column.combine_chunks()
+    def _numbers(self, table: Any, name: str) -> np.ndarray:
+        column = table.column(0).combine_chunks()
         return column.to_numpy(zero_copy_only=False).view(self._series[name].numpy_dtype)
 
     def whole(self, name: str, step: int) -> np.ndarray:
-        table = self._file(name, step).to_arrow().read_all()
-        return np.array(self._numbers(table.column(0), name)).reshape(self._series[name].shape)
+        shape = self._series[name].shape
+        if steps_in_shard(self._series[name]) > 1:
+            start = np.array([self._places[name][step] * math.prod(shape)])
+            return self.gather(name, start, math.prod(shape)).reshape(shape)
+        table = self._file(name, self._places[name][step]).to_arrow().read_all()
+        return self._numbers(table, name).reshape(shape)
 
-    def part(self, name: str, step: int, index: tuple) -> np.ndarray:
+    def gather(self, name: str, starts: np.ndarray, length: int) -> np.ndarray:
+        series = self._series[name]
+        size = steps_in_shard(series) * math.prod(series.shape)
+        found = np.empty((len(starts), length), series.numpy_dtype)
+        for number in np.unique(starts // size).tolist():
+            chosen = starts // size == number
+            places = starts[chosen, None] % size + np.arange(length)
+            found[chosen] = self._taken(name, number, places)
+        return found
+
+    def _taken(self, name: str, number: int, places: np.ndarray) -> np.ndarray:
         import pyarrow as pa
         import vortex as vx
 
-        starts, length, shape = runs(self._series[name].shape, index)
-        places = (starts[:, None] + np.arange(length)).reshape(-1)
-        if len(places) > _TAKEN:
-            return self.whole(name, step)[index].copy()
-        order = np.unique(places)
+        file, order = self._file(name, number), np.unique(places)
+        if len(order) > _TAKEN:
+            return self._numbers(file.to_arrow().read_all(), name)[places]
         wanted = vx.array(pa.array(order.astype(np.uint64)))
-        table = self._file(name, step).scan(indices=wanted).to_arrow().read_all()
-        return self._numbers(table.column(0), name)[np.searchsorted(order, places)].reshape(shape)
+        table = file.scan(indices=wanted).to_arrow().read_all()
+        return self._numbers(table, name)[np.searchsorted(order, places)]
+
+
+def _path(folder: Path, name: str, number: int) -> str:
+    return str(folder / file_name(name) / f"{number}.vortex")

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from peers.layout import SteppedReader, file_name
+from peers.layout import SteppedReader, batched, file_name, steps_in_shard, steps_together
 from suite.contestant import Item, Reader, Series, Store
 
 
@@ -38,26 +38,27 @@ class _Zarr(Store):
         return [codecs.ZstdCodec(level=1)]
 
     def write(self, place: str | Path, series: Sequence[Series], items: Iterable[Item]) -> None:
-        """Create every array, then assign each tensor."""
+        """Create every array, then assign each tensor, or a shard of small ones."""
         import zarr
 
         self._configure()
         store = _open(place, writes=True)
-        arrays = {}
+        arrays, together = {}, {}
         for s in series:
             pairs = zip(s.shape, s.chunk, strict=True)
             shard = tuple(-(-length // chunk) * chunk for length, chunk in pairs)
+            together[s.name] = steps_in_shard(s)
             arrays[s.name] = zarr.create_array(
                 store,
                 name=file_name(s.name),
                 shape=(s.steps, *s.shape),
-                chunks=(1, *s.chunk),
-                shards=(1, *shard),
+                chunks=(steps_together(s), *s.chunk),
+                shards=(together[s.name], *shard),
                 dtype=s.numpy_dtype,
                 compressors=self._compressors(),
             )
-        for step, name, values in items:
-            arrays[name][step] = values
+        for steps, name, values in batched(items, together):
+            arrays[name][steps[0] : steps[-1] + 1] = values
 
     def reader(self, place: str | Path, series: Sequence[Series]) -> Reader:
         """Open the store; each array when it is first read."""
