@@ -87,6 +87,7 @@ class Case:
     cache: ClassVar[str] = "warm"  # or "cold", or "none": nothing is read
     unit: str = "seconds"  # the figure that is plotted and compared first
     least_is_best: ClassVar[bool] = True
+    shown: ClassVar[Sequence[str]] = ()  # figures in the report's table; none named: all
     repeats: ClassVar[int] = 5
     timeout_s: ClassVar[float] = 900
 

@@ -40,6 +40,7 @@ def rows(case: Case, table: Table | None) -> list[str]:
     if own is not None:
         return list(own(table))
     figures = list(dict.fromkeys(f for ts in table.trials.values() for t in ts for f in t))
+    figures = [f for f in figures if not case.shown or f in (case.unit, *case.shown)]
     shown = [case.unit] * (case.unit in figures) + [f for f in figures if f != case.unit]
     known = [c for c in table.trials if table.median(c, case.unit) is not None]
     known.sort(key=lambda c: table.median(c, case.unit) or 0.0, reverse=not case.least_is_best)
