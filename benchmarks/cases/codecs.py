@@ -142,7 +142,7 @@ class Codecs(Case):
         """Draw a dot for each codec and kind, in three columns."""
         kinds = [kind.name for kind in datasets.KINDS]
         names = [c.name for c in self.contestants()]
-        dots.draw(table, path, kinds, names, FIGURES, title=self.question)
+        dots.draw(table, path, kinds, names, FIGURES, title=self.question, relative="ratio")
 
     # --- what must hold ---------------------------------------------------------
 

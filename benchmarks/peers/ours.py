@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from suite.contestant import Codec, Item, Parts, Reader, Series, Store
+from suite.scalars import ScalarStore
 
 
 class Ours(Store):
@@ -91,6 +92,15 @@ class OursBare(Ours):
     options: ClassVar = {"compression": "none", "stats": False}
 
 
+class OursMapped(Ours):
+    """Stored raw, each tensor in one piece, so that it can be used where it lies."""
+
+    name = "ours-mapped"
+    settings = "compression='none', stats=False, chunks={'*': None}: one chunk; read with view()"
+    compresses = False
+    options: ClassVar = {"compression": "none", "stats": False, "chunks": {"*": (None, None)}}
+
+
 class OursCodec(Codec):
     """The codec alone, as a writer and a reader use it."""
 
@@ -139,3 +149,33 @@ class OursCodecNumPy(OursCodec):
     name = "ours-codec-numpy"
     settings = "as ours-codec, but TENSORSTORE_FMT_KERNEL=0: pure NumPy"
     variables: ClassVar = {"TENSORSTORE_FMT_KERNEL": "0"}
+
+
+class OursScalars(ScalarStore):
+    """Numbers, with default settings."""
+
+    name = "ours"
+    settings = Ours.settings
+    needs = ("tensorstore_fmt",)
+    distributions = Ours.distributions
+    environment = "ours"
+
+    def write(self, place: Path, names: Sequence[str], rows: Sequence[Sequence[float]]) -> None:
+        import tensorstore_fmt as tsf
+
+        with tsf.create_run(place) as run:
+            for step, row in enumerate(rows):
+                run.log(dict(zip(names, row, strict=True)), step=step)
+
+    def series(self, place: Path, name: str) -> np.ndarray:
+        import tensorstore_fmt as tsf
+
+        with tsf.open_run(place) as run:
+            return run[name].read()
+
+    def last(self, place: Path, names: Sequence[str]) -> list[float]:
+        import tensorstore_fmt as tsf
+
+        with tsf.open_run(place) as run:
+            items = [(name, run[name].step_summary[2], ()) for name in names]
+            return [float(value) for value in run.read(items)]

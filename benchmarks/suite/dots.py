@@ -20,8 +20,12 @@ def draw(
     figures: Mapping[str, str],
     *,
     title: str,
+    relative: str = "",
 ) -> None:
-    """Draw a column for each figure; a figure of a row is named ``<figure> <row>``."""
+    """Draw a column for each figure; a figure of a row is named ``<figure> <row>``.
+
+    The figure `relative` is shown as a multiple of the first contestant's.
+    """
     from matplotlib import pyplot as plt
 
     names = [name for name in contestants if name in table.trials]
@@ -32,12 +36,19 @@ def draw(
     for axes, (key, heading) in zip(columns, figures.items(), strict=True):
         for name in names:
             values = [table.median(name, f"{key} {row}") for row in rows]
+            if key == relative:
+                own = [table.median(contestants[0], f"{key} {row}") for row in rows]
+                values = [v and o and v / o for v, o in zip(values, own, strict=True)]
             known = [(value, at) for at, value in enumerate(values) if value is not None]
             if known:
                 x, y = zip(*known, strict=True)
                 axes.scatter(x, y, label=name.replace("-codec", ""), **styles[name])
+        more = f", times that of {contestants[0]}" if key == relative else ""
+        heading = heading + more.replace("-codec", "")  # noqa: PLW2901 (one more word)
         axes.set_title(heading, loc="left", fontsize=10, color=INK)
         axes.set_xscale("log")
+        if key == relative:
+            axes.set_xlim(max(0.5, axes.get_xlim()[0]), min(2.0, axes.get_xlim()[1]))
         axes.grid(axis="both", color="#e4e7ec", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right", "left"]].set_visible(False)
@@ -63,6 +74,8 @@ def _style(name: str, colours: Iterator[str]) -> dict[str, Any]:
 def _plain_ticks(axes: Any) -> None:
     from matplotlib import ticker
 
-    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    low, high = axes.get_xlim()
+    steps = (1, 2, 5) if high / low > 10 else (1, 1.2, 1.5, 2, 3, 5, 7, 8, 9)
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=steps))
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
     axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:g}"))
-    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
