@@ -13,7 +13,7 @@ from peers.layout import FlatReader, Steps, file_name, flat
 from suite.contestant import Item, Reader, Series, Store
 
 _COLUMN = "values"
-_TAKEN = 4096  # so many rows are asked for one by one, more as a stretch
+_TAKEN = 1 << 16  # so many rows are asked for one by one, more as a stretch
 
 
 class _Lance(Store):

@@ -114,10 +114,17 @@ def _kvstore(place: str | Path, name: str) -> dict:
     if not text.startswith("s3://"):
         return {"driver": "file", "path": f"{text}/{file_name(name)}/"}
     bucket, _, prefix = text.removeprefix("s3://").partition("/")
-    found = {"driver": "s3", "bucket": bucket, "path": f"{prefix}/{file_name(name)}/"}
+    found: dict[str, Any] = {
+        "driver": "s3",
+        "bucket": bucket,
+        "path": f"{prefix}/{file_name(name)}/",
+    }
     endpoint = os.environ.get("AWS_ENDPOINT_URL")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-    return {**found, "aws_region": region, **({"endpoint": endpoint} if endpoint else {})}
+    found |= {"aws_region": region, **({"endpoint": endpoint} if endpoint else {})}
+    if "AWS_ACCESS_KEY_ID" in os.environ:
+        found["aws_credentials"] = {"type": "environment"}  # else it looks for files first
+    return found
 
 
 class TensorStoreZstd(_TensorStore):

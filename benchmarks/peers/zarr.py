@@ -75,7 +75,10 @@ class _ZarrReader(SteppedReader):
         import zarr
 
         if name not in self._arrays:
-            self._arrays[name] = zarr.open_array(self._store, path=file_name(name), mode="r")
+            # With its format said, it does not look for the files of the other one.
+            self._arrays[name] = zarr.open_array(
+                self._store, path=file_name(name), mode="r", zarr_format=3
+            )
         return self._arrays[name]
 
 
