@@ -6,6 +6,7 @@ import gc
 import io
 import pickle
 import threading
+import uuid
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -459,34 +460,53 @@ def test_frozen_and_unused_parameters(url: Path) -> None:
     assert "unused.weight" in names
 
 
-def test_failures_anywhere_leave_the_training_as_it_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["call", "log"])
+def test_a_failure_of_every_single_call_leaves_the_training_as_it_is(
+    place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every k-th thing the hook does fails, for several k: same losses, each failure counted."""
-    plain, real = train(build()), tsf.RunWriter.log
-    for k in (1, 2, 3, 7):
-        parts = build()
-        calls = 0
+    """Of everything PyTorch calls, or of every value that is logged, the k-th fails, for all k."""
+    target, name = (Guard, "call") if place == "call" else (tsf.RunWriter, "log")
+    real = getattr(target, name)
+    count, failing = 0, frozenset[int]()
 
-        def log(self: Any, *args: Any, k: int = k, **kwargs: Any) -> None:
-            nonlocal calls
-            calls += 1
-            if calls % k == 0:
-                raise MemoryError("made to fail")
+    def fail(*_args: object, **_kwargs: object) -> None:
+        raise MemoryError("made to fail")
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> None:
+        nonlocal count
+        count += 1
+        if count not in failing:
             real(self, *args, **kwargs)
+        elif place == "call":
+            real(self, args[0], fail)
+        else:
+            fail()
 
-        monkeypatch.setattr(tsf.RunWriter, "log", log)
-        with (
-            pytest.warns(RuntimeWarning, match="made to fail"),
-            attach(
-                parts[0], tmp_path / str(k), optimizer=parts[1], loss=parts[2],
-                collections=EVERYTHING, every=1,
-            ) as hook,
-        ):  # fmt: skip
-            assert train(parts) == plain
-        monkeypatch.setattr(tsf.RunWriter, "log", real)
-        assert calls > 150
-        assert sum(hook.failures.values()) == calls // k
+    monkeypatch.setattr(target, name, counted)
+    plain = train(build(), 2)
+    after = torch.rand(3)
+    writer = tsf.create_run(f"memory://hooks/{uuid.uuid4()}")  # one for all: they are many
+
+    def run(*fails: int) -> int:
+        nonlocal count, failing
+        parts = build()
+        count, failing = 0, frozenset(fails)
+        with attach(
+            parts[0], writer, optimizer=parts[1], loss=parts[2], collections=EVERYTHING, every=1
+        ) as hook:
+            assert train(parts, 2) == plain
+        assert torch.equal(torch.rand(3), after)
+        return sum(hook.failures.values())
+
+    assert run() == 0
+    calls = count
+    assert calls > 100
+    for fails in (*((k,) for k in range(1, calls + 1)), range(1, 10 * calls)):
+        with pytest.warns(RuntimeWarning, match="made to fail"):
+            failed = run(*fails)
+        assert failed == min(len(fails), count)
+    writer.close()
 
 
 def test_a_failing_function_of_the_user(url: Path) -> None:
