@@ -20,7 +20,7 @@ class Vortex(Store):
     """Its default: chooses an encoding for each stretch."""
 
     name = "vortex"
-    settings = "file a tensor, one flat column; VortexWriteOptions.default()"
+    settings = "file a tensor, one flat column; VortexWriteOptions.default(); mapped"
     needs = ("vortex",)
     distributions = ("vortex-data", "pyarrow", "numpy")
     compresses = True
@@ -54,7 +54,7 @@ class VortexCompact(Vortex):
     """With pcodec and zstd among the encodings."""
 
     name = "vortex-compact"
-    settings = "file a tensor, one flat column; VortexWriteOptions.compact()"
+    settings = "file a tensor, one flat column; VortexWriteOptions.compact(); mapped"
     options = "compact"
 
 
@@ -67,7 +67,8 @@ class _VortexReader(FlatReader):
         import vortex as vx
 
         if (name, number) not in self._files:
-            self._files[name, number] = vx.open(_path(self._folder, name, number))
+            path = _path(self._folder, name, number)
+            self._files[name, number] = vx.open(path, memory_map=True)
         return self._files[name, number]
 
     def _numbers(self, table: Any, name: str) -> np.ndarray:

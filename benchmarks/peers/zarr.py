@@ -117,3 +117,13 @@ class ZarrZarrs(_Zarr):
     needs = ("zarr", "zarrs")
     distributions = ("zarr", "zarrs", "numpy")
     pipeline = "zarrs.ZarrsCodecPipeline"
+
+
+class ZarrFused(_Zarr):
+    """The newest zarr, which needs Python 3.12, with the pipeline it has for local files."""
+
+    name = "zarr-fused"
+    settings = "as zarr-blosc, with zarr's FusedCodecPipeline (since 3.3), on a newer Python"
+    needs = ("zarr", "zarr.core._coalesce")
+    environment = "peers-3.13"
+    pipeline = "zarr.core.codec_pipeline.FusedCodecPipeline"
