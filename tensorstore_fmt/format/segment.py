@@ -455,6 +455,7 @@ def _check_root(root: np.ndarray, header: Header, where: str) -> None:
     rows = root["rows"][kind == layout.PAGE_CATALOG].astype(np.int64)
     last = root["last_series"][kind == layout.PAGE_CATALOG].astype(np.int64)
     is_head = kind != layout.PAGE_ENTRIES
+    entries = root[~is_head]
     is_shards = kind == layout.PAGE_SHARDS
     if (
         (first != np.cumsum(rows) - rows).any()
@@ -465,3 +466,10 @@ def _check_root(root: np.ndarray, header: Header, where: str) -> None:
         or root["last_series"][is_shards].any()
     ):
         raise FormatError(f"{where}: the root says other catalog rows than the header", file=where)
+    if len(entries) and (
+        int(entries["last_series"].max()) >= header.series
+        or (entries["first_series"][1:] < entries["last_series"][:-1]).any()
+        or int(entries["min_step"].min()) < 0
+        or (entries["min_step"] > entries["max_step"]).any()
+    ):
+        raise FormatError(f"{where}: the root says entry pages that cannot be", file=where)

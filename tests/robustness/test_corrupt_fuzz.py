@@ -35,5 +35,6 @@ def test_fuzz(tmp_path: Path) -> None:
     record("D5", inputs, **report)
     assert not report["failures"], "\n".join(report["failures"])
     assert inputs > 200
+    assert report["two_readers"]["the same value"] > 100
     assert len(report["of"]) == 10  # every target had its turn
     assert report["max_rss_mib"] < 3000

@@ -12,11 +12,11 @@ from support.damage import reopened, segments
 
 import tensorstore_fmt as tsf
 from tensorstore_fmt.format import layout, segment
+from tensorstore_fmt.format.progressions import runs_of_steps
 from tensorstore_fmt.storage import open_storage
 from tensorstore_fmt.testing.storage import FaultyStorage, Operation
 from tensorstore_fmt.testing.writers import create_test_run
 from tensorstore_fmt.upkeep import verify
-from tensorstore_fmt.format.progressions import runs_of_steps
 
 
 def saved(place: Path, *logged: tuple[int, dict[str, Any]], **options: Any) -> tsf.Run:

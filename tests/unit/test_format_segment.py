@@ -206,6 +206,7 @@ def test_a_root_that_is_whole(data: bytes) -> None:
 def test_pages_above_a_limit(data: bytes, row: int, field: str, most: int) -> None:
     def put(root: np.ndarray, value: int) -> None:
         root[row][field] = value
+        root[row]["max_step"] = max(root[row]["min_step"], root[row]["max_step"])
 
     assert refused(with_root(data, lambda root: put(root, most + 1))).code == "limit"
     made = with_root(data, lambda root: put(root, most))
@@ -237,6 +238,9 @@ def test_pages_above_a_limit(data: bytes, row: int, field: str, most: int) -> No
         (0, "min_step", 1),
         (1, "max_step", 1),
         (1, "last_series", 1),
+        (2, "last_series", 9),
+        (2, "min_step", -1),
+        (2, "min_step", 10**6),
     ],
 )
 def test_roots_that_contradict_themselves(data: bytes, row: int, field: str, value: object) -> None:
@@ -261,6 +265,12 @@ def test_entry_pages_of_a_series(tmp_path: Path) -> None:
         stored = data[int(row["offset"]) : int(row["offset"]) + int(row["nbytes"])]
         found = set(head.decode_entries(number, stored).rows["series"].tolist())
         assert {n for n in range(3) if number in per_series[n]} == found
+    first = int(pages[0])
+
+    def put(root: np.ndarray) -> None:
+        root[first]["last_series"] = 2  # more than the page behind it begins with
+
+    assert refused(with_root(data, put)).code == "malformed"
 
 
 # --- pages --------------------------------------------------------------------------------

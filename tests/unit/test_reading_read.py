@@ -492,7 +492,7 @@ def test_a_part_beyond_its_tensor_is_refused(build: RunBuilder) -> None:
     build.writer().flush(Put(value=np.zeros((3, 2)), global_shape=(4, 2), origin=(2, 0)))
     with pytest.raises(FormatError) as caught:
         open_run(build.url)["x"].read()
-    assert caught.value.code == "parts"
+    assert caught.value.code == "malformed"
 
 
 # --- cost ----------------------------------------------------------------------------

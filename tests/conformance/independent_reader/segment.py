@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,6 +80,8 @@ def read_segment(
     for page in segment.pages:
         if page.error is not None:
             raise page.error
+        for entry in page.entries:
+            check_use(segment.series[entry.series], entry)
     return segment
 
 
@@ -153,20 +155,8 @@ def _check_series(row: Series) -> None:
     need(len(row.global_shape) == len(row.origin), "origin")
     need(0 <= row.first_step <= row.last_step, "first_step, last_step")
     need(row.dtype != "string" or len(row.shape) <= 1, "rank of strings")
-    if row.kind == 0:
-        need(not row.part or len(row.origin) == len(row.shape), "rank of a part")
-        if row.part:
-            _check_box(row, row.shape)
-    else:
-        fixed = ("float64", [10]) if row.kind == 1 else ("int64", [2])
-        need((row.dtype, row.shape) == fixed and row.grid == [0], "statistics or step table")
-        need(row.kind == 1 or not row.part, "the step table has no parts")
-
-
-def _check_box(row: Series, shape: Sequence[int]) -> None:
-    """A part lies within its global tensor ("2. Terms")."""
-    for at, length, whole in zip(row.origin, shape, row.global_shape, strict=True):
-        need(at + max(length, 0) <= whole, "part outside of its global tensor")
+    is_part = row.part is not None and row.kind != 1
+    need(not is_part or len(row.origin) == len(row.shape), "rank of a part")
 
 
 # ---- entries ---------------------------------------------------------------------------------
@@ -211,6 +201,7 @@ def _check_entry(segment: Segment, e: Entry) -> None:
     flushes = (header.first_flush, e.first_flush, e.last_flush, header.last_flush)
     need(list(flushes) == sorted(flushes), "flushes of an entry")
     need(e.flags < 4 and (e.flags & 2 or e.digest == 0), "flags or digest")
+    need(min(e.dims, default=0) >= 0, "dims")
     need(len(e.dims) == segment.series[e.series].shape.count(-1), "dims")
     if e.shard == NO_SHARD:
         need(e.offset == 0 and len(e.inline) == e.nbytes, "inline payload")
@@ -221,17 +212,21 @@ def _check_entry(segment: Segment, e: Entry) -> None:
     if e.codec == DROPPED:
         empty = (e.chunk, e.flags, e.nbytes, e.raw_nbytes, e.crc32c, e.digest, any(e.dims))
         need(e.shard == NO_SHARD and not any(empty), "an entry of dropped steps")
-    else:
-        _check_entry_shape(segment.series[e.series], e)
 
 
-def _check_entry_shape(series: Series, e: Entry) -> None:
-    """The chunk is in the grid and has the length that its box gives ("7.2", "7.3")."""
-    need(min(e.dims, default=0) >= 0, "dims")
+def check_use(series: Series, e: Entry) -> None:
+    """Check what makes no page damaged, but what is read with it malformed ("6.3", section 7)."""
+    if e.codec == DROPPED:
+        return
     shape = full_shape(series, e)
+    if series.kind != 0:
+        fixed = ("float64", [10]) if series.kind == 1 else ("int64", [2])
+        is_fixed = (series.dtype, series.shape) == fixed and series.grid == [0]
+        need(is_fixed and (series.kind == 1 or not series.part), "statistics or step table")
+    elif series.part:
+        for at, length, whole in zip(series.origin, shape, series.global_shape, strict=True):
+            need(at + length <= whole, "part outside of its global tensor")
     need(e.chunk < count_chunks(shape, series.grid), "chunk outside of the grid")
-    if series.kind == 0 and series.part:
-        _check_box(series, shape)
     box = chunk_box(shape, series.grid, e.chunk)
     elements = e.rows * math.prod(b - a for a, b in box)
     if series.dtype == "string":

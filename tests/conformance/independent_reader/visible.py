@@ -26,7 +26,8 @@ class Question:
 
     def means(self, row: Series) -> bool:
         wanted = (self.name in (None, row.name), self.kind in (None, row.kind))
-        return all(wanted) and self.mode in (None, row.mode)
+        is_near = self.step is None or row.first_step <= self.step <= row.last_step
+        return all(wanted) and self.mode in (None, row.mode) and is_near
 
 
 class Saved(NamedTuple):
@@ -104,9 +105,10 @@ class Visible:
     ) -> Iterator[tuple[Candidate, Series, Iterable[int]]]:
         """A damaged page fails the questions that need it ("10.2")."""
         row = page.row
-        series = segment.series[row.first_series : row.last_series + 1]
         is_near = asked.step is None or row.min_step <= asked.step <= row.max_step
-        if not is_near or not any(map(asked.means, series)):
+        if not is_near or not any(
+            asked.means(each) for each in segment.series[row.first_series : row.last_series + 1]
+        ):
             return
         # Other workers only matter for which attempt wins (rule 2): their damage is not asked for.
         if page.error is not None and asked.worker in (None, writer.worker):
