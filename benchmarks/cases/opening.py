@@ -214,7 +214,7 @@ class Opening(Case):
         "flushes; closed, and as they lie there while they are written; the best of nine looks. "
         "Peers only as many as they can be made of in a minute"
     )
-    unit = "closed_10_4_seconds"
+    unit = "closed_10_4_seconds"  # what all have been asked for
     timeout_s: ClassVar[float] = 1800  # to build it, once
 
     def contestants(self) -> Sequence[type[Looking]]:
@@ -222,8 +222,9 @@ class Opening(Case):
 
     def sizes(self, contestant: Looking, *, quick: bool) -> list[int]:
         """Say how many entries are looked at."""
-        most = contestant.sizes or SIZES[-1]
-        return [n for n in (QUICK_SIZES if quick else SIZES) if n <= most]
+        if quick:
+            return list(QUICK_SIZES[: None if contestant.sizes is None else 1])
+        return [n for n in SIZES if contestant.sizes is None or n <= contestant.sizes]
 
     def prepare(self, contestant: Contestant, place: Place) -> None:
         assert isinstance(contestant, Looking)

@@ -201,11 +201,12 @@ class _Store:
         prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
         is_new = query.get("list-type") == "2"
         token = query.get("continuation-token") or query.get("start-after") or query.get("marker")
+        is_folder = bool(token and delimiter and token.endswith(delimiter))
         most = min(int(query.get("max-keys", 1000)), 1000)
         encode = quote if query.get("encoding-type") == "url" else escape
         rows, seen, last, is_cut = [], set(), "", False
         for key in sorted(k for k in self._objects if k.startswith(prefix)):
-            if token and (key <= token or (delimiter and key.startswith(token))):
+            if token and (key <= token or (is_folder and key.startswith(token))):
                 continue
             cut = key.find(delimiter, len(prefix)) if delimiter else -1
             common = key[: cut + len(delimiter)] if cut >= 0 else ""
