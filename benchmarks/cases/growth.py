@@ -145,14 +145,14 @@ _KEPT = (
     "writes_a_flush",
     "deletes_a_flush",
     "reads_a_flush",
-    "rewritten",
+    "written_bytes_a_value",
 )
 _FLAT = (
     ("index files", "index_files_after_{}_eighths"),
     ("opening", "open_after_{}_eighths_seconds"),
     ("index bytes of a value", "index_bytes_a_value_after_{}_eighths"),
     ("writes of a flush", "writes_a_flush_after_{}_eighths"),
-    ("index bytes written, of those kept", "rewritten_after_{}_eighths"),
+    ("index bytes written for a value, with merges", "written_bytes_a_value_after_{}_eighths"),
 )
 
 
@@ -284,7 +284,12 @@ class Growth(Case):
             ("index", "MB", "index_after_{}_eighths_bytes", 1e-6),
             ("open and names", "milliseconds", "open_after_{}_eighths_seconds", 1e3),
             ("writes, a flush", "requests", "writes_a_flush_after_{}_eighths", 1),
-            ("bytes written to the index, of those it has", "×", "rewritten_after_{}_eighths", 1),
+            (
+                "index bytes written, merges too",
+                "bytes a value",
+                "written_bytes_a_value_after_{}_eighths",
+                1,
+            ),
         ]
         panels = [
             Panel(title, lines(figure, scale), "minutes", unit)
@@ -318,7 +323,7 @@ def _look(url: str, storages: Sequence[Any], copy: Path, flushes: int) -> dict[s
         "shard_files": len(list((copy / "shards").iterdir())),
         "index_bytes": index,
         "index_bytes_a_value": index * a_flush / (SCALARS + TENSORS),
-        "rewritten": published / index,
+        "written_bytes_a_value": published * a_flush / (SCALARS + TENSORS),
         "writes_a_flush": sum(ops[op] for op in ("publish", "create", "append")) * a_flush,
         "deletes_a_flush": ops["delete"] * a_flush,
         "reads_a_flush": sum(ops[op] for op in ("range", "prefix", "listing")) * a_flush,
