@@ -3,6 +3,8 @@
    Loops are written so that compilers vectorise them for any CPU: no intrinsics, no flags but
    -O3 and -fopenmp-simd (which needs no library). Python's limited API, so that one build serves
    all versions from 3.11. The GIL is released for what takes longer than getting it back.
+   Memory is read from one end to the other: only then does a processor fetch ahead, which counts
+   for more than the arithmetic.
    Sizes are checked here although the callers did: nothing a caller passes writes out of bounds. */
 
 #define PY_SSIZE_T_CLEAN
@@ -32,6 +34,15 @@ static PyObject *none(void) {
     return Py_None;
 }
 
+/* Compiled twice where that can be; the processor chooses when the module is loaded. (Sanitizers
+   are not ready that early.) */
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GLIBC__) && \
+    !defined(__SANITIZE_ADDRESS__) && !defined(__clang__)
+#define FAST __attribute__((target_clones("avx2", "default")))
+#else
+#define FAST
+#endif
+
 typedef const uint8_t *restrict in_t;
 typedef uint8_t *restrict out_t;
 
@@ -39,7 +50,7 @@ typedef uint8_t *restrict out_t;
 
 /* In place too: every word depends on itself alone. */
 #define ROTATE(BITS)                                                                        \
-    static void rotate##BITS(uint8_t *to, const uint8_t *from, size_t n, int left) {        \
+    FAST static void rotate##BITS(uint8_t *to, const uint8_t *from, size_t n, int left) {   \
         _Pragma("omp simd")                                                                 \
         for (size_t i = 0; i < n; i++) {                                                    \
             uint##BITS##_t x;                                                               \
@@ -94,7 +105,7 @@ static void join4(out_t x, size_t n, in_t a, in_t b, in_t c, in_t d) {
     }
 }
 
-static void split_words(const uint8_t *raw, size_t n, uint8_t *const *planes, int w, int rotated) {
+FAST static void split_words(const uint8_t *raw, size_t n, uint8_t *const *planes, int w, int rotated) {
     uint8_t turned[BLOCK], halves[BLOCK];
     const size_t step = BLOCK / (size_t)w;
     for (size_t at = 0; at < n; at += step) {
@@ -118,29 +129,19 @@ static void split_words(const uint8_t *raw, size_t n, uint8_t *const *planes, in
     }
 }
 
-static void join_words(uint8_t *const *planes, const Py_ssize_t *strides, uint8_t *out,
-                       size_t n, int w, int rotated) {
-    uint8_t gathered[BLOCK], halves[BLOCK];
+/* A plane of one byte stands for n of them. */
+FAST static void join_words(uint8_t *const *planes, const int *is_single, uint8_t *out, size_t n,
+                            int w, int rotated) {
+    uint8_t repeated[BLOCK], halves[BLOCK];
     const size_t step = BLOCK / (size_t)w;
     const uint8_t *p[8];
     for (int i = 0; i < w; i++) {
-        p[i] = planes[i];
-        if (strides[i] != 1 && n > 0) { /* constant, most likely */
-            p[i] = gathered + (size_t)i * step;
-            if (strides[i] == 0) memset(gathered + (size_t)i * step, planes[i][0], step);
-        }
+        p[i] = is_single[i] ? repeated + (size_t)i * step : planes[i];
+        if (is_single[i]) memset(repeated + (size_t)i * step, planes[i][0], step);
     }
     for (size_t at = 0; at < n; at += step) {
         const size_t m = n - at < step ? n - at : step;
         uint8_t *block = out + at * (size_t)w;
-        for (int i = 0; i < w; i++) {
-            if (strides[i] == 1) {
-                p[i] = planes[i] + at;
-            } else if (strides[i] != 0) {
-                for (size_t j = 0; j < m; j++)
-                    gathered[(size_t)i * step + j] = planes[i][(Py_ssize_t)(at + j) * strides[i]];
-            }
-        }
         switch (w) {
         case 1: memcpy(block, p[0], m); break;
         case 2: join2(block, m, p[0], p[1]); break;
@@ -151,6 +152,7 @@ static void join_words(uint8_t *const *planes, const Py_ssize_t *strides, uint8_
             join2(block, 4 * m, halves, halves + BLOCK / 2);
         }
         if (rotated) rotate(block, block, m, w, 8 * w - 1);
+        for (int i = 0; i < w; i++) p[i] += is_single[i] ? 0 : step;
     }
 }
 
@@ -202,54 +204,6 @@ static void end(total_t *t) {
     for (int i = MIN; i <= SUM; i++) s[i] += 0.0; /* -0 becomes 0 */
 }
 
-/* Words of a block as floats or doubles, where all of them have a place (but integers of 64
-   bits, which are rounded). */
-#define WIDEN(NAME, FROM, TO)                                                               \
-    static void widen_##NAME(in_t p, size_t n, TO *restrict to) {                           \
-        for (size_t i = 0; i < n; i++) {                                                    \
-            FROM x;                                                                         \
-            memcpy(&x, p + i * sizeof x, sizeof x);                                         \
-            to[i] = (TO)x;                                                                  \
-        }                                                                                   \
-    }
-WIDEN(i16, int16_t, float)
-WIDEN(u16, uint16_t, float)
-WIDEN(floats, float, double)
-WIDEN(i32, int32_t, double)
-WIDEN(u32, uint32_t, double)
-WIDEN(i64, int64_t, double)
-WIDEN(u64, uint64_t, double)
-
-static void widen_bf16(in_t p, size_t n, float *restrict to) {
-    for (size_t i = 0; i < n; i++) {
-        uint16_t h;
-        memcpy(&h, p + 2 * i, 2);
-        const uint32_t bits = (uint32_t)h << 16;
-        memcpy(to + i, &bits, 4);
-    }
-}
-
-static void widen_f16(in_t p, size_t n, float *restrict to) {
-    for (size_t i = 0; i < n; i++) {
-        uint16_t h;
-        float x;
-        memcpy(&h, p + 2 * i, 2);
-        /* The bits at their places, then the exponent mended, but of infinity and NaN. */
-        uint32_t bits = (uint32_t)(h & 0x7FFF) << 13;
-        memcpy(&x, &bits, 4);
-        x *= 0x1p112f;
-        memcpy(&bits, &x, 4);
-        bits |= (uint32_t)(h & 0x8000) << 16 | (uint32_t)((h & 0x7C00) == 0x7C00) * 0x7F800000u;
-        memcpy(to + i, &bits, 4);
-    }
-}
-
-/* Least, greatest and zeros. Comparisons with NaN are false and leave all three alone. */
-#define EXTREMES(x)                                                                         \
-    low = x < low ? x : low;                                                                \
-    high = x > high ? x : high;                                                             \
-    zero += x == 0 ? one : 0;
-
 static void note_extremes(total_t *t, double low, double high, double zero) {
     t->stats[ZERO] += zero;
     if (low < t->stats[MIN]) t->stats[MIN] = low;
@@ -257,7 +211,7 @@ static void note_extremes(total_t *t, double low, double high, double zero) {
 }
 
 /* Add what is finite and count the rest; if a sum overflows, scaled down. */
-static void add_odd(const double *restrict p, size_t n, total_t *t, double scale) {
+FAST static void add_odd(const double *restrict p, size_t n, total_t *t, double scale) {
     double sum = 0, squares = 0, absolutes = 0, nan = 0, posinf = 0, neginf = 0;
     const double one = 1, top = DBL_MAX;
     #pragma omp simd reduction(+ : sum, squares, absolutes, nan, posinf, neginf)
@@ -284,14 +238,16 @@ static void add_odd(const double *restrict p, size_t n, total_t *t, double scale
         add_big(t, sum, squares, absolutes);
 }
 
-static void add_doubles(const double *restrict p, size_t n, total_t *t) {
+FAST static void add_doubles(const double *restrict p, size_t n, total_t *t) {
     double sum = 0, squares = 0, absolutes = 0, low = INFINITY, high = -INFINITY, zero = 0;
     const double one = 1;
     #pragma omp simd reduction(+ : sum, squares, absolutes, zero) reduction(min : low) \
                      reduction(max : high)
     for (size_t i = 0; i < n; i++) {
-        const double x = p[i];
-        EXTREMES(x)
+        const double x = p[i]; /* comparisons with NaN are false and leave these alone */
+        low = x < low ? x : low;
+        high = x > high ? x : high;
+        zero += x == 0 ? one : 0;
         sum += x;
         squares += x * x;
         absolutes += fabs(x);
@@ -303,44 +259,57 @@ static void add_doubles(const double *restrict p, size_t n, total_t *t) {
         add_odd(p, n, t, 1);
 }
 
+#define LANES 8 /* of a vector; more do not fit the registers */
+#define GROUP (8 * LANES)
+
 /* Eight floats are added as floats, which keeps the error below 2^-21, their sums as doubles. */
-static void add_floats(const float *restrict p, size_t n, total_t *t) {
-    float sums[ELEMENTS / 8], squares[ELEMENTS / 8], absolutes[ELEMENTS / 8];
-    double wide[ELEMENTS], sum = 0, square = 0, absolute = 0;
-    float low = INFINITY, high = -INFINITY, zero = 0;
-    const float one = 1;
-    const size_t columns = n / 8, rest = n % 8;
-    #pragma omp simd reduction(+ : zero) reduction(min : low) reduction(max : high)
-    for (size_t i = 0; i < columns; i++) {
-        float s = 0, q = 0, a = 0;
-        for (size_t row = 0; row < 8; row++) {
-            const float x = p[row * columns + i];
-            EXTREMES(x)
-            s += x;
-            q += x * x;
-            a += fabsf(x);
-        }
-        sums[i] = s;
-        squares[i] = q;
-        absolutes[i] = a;
+FAST static void add_floats(const float *restrict p, size_t n, total_t *t) {
+    double sums[3][LANES] = {{0}}, sum = 0, squares = 0, absolutes = 0, zeros = 0;
+    float low[LANES], high[LANES], zero[LANES] = {0};
+    const size_t whole = n - n % GROUP;
+    for (int i = 0; i < LANES; i++) {
+        low[i] = INFINITY;
+        high[i] = -INFINITY;
     }
-    note_extremes(t, low, high, zero);
-    #pragma omp simd reduction(+ : sum, square, absolute)
-    for (size_t i = 0; i < columns; i++) {
-        sum += (double)sums[i];
-        square += (double)squares[i];
-        absolute += (double)absolutes[i];
+    for (const float *group = p; group < p + whole; group += GROUP) {
+        float s[LANES] = {0}, q[LANES] = {0}, a[LANES] = {0};
+        for (const float *row = group; row < group + GROUP; row += LANES) {
+            #pragma omp simd
+            for (int i = 0; i < LANES; i++) {
+                const float x = row[i];
+                low[i] = x < low[i] ? x : low[i];
+                high[i] = x > high[i] ? x : high[i];
+                zero[i] += x == 0 ? 1.0f : 0.0f;
+                s[i] += x;
+                q[i] += x * x;
+                a[i] += fabsf(x);
+            }
+        }
+        #pragma omp simd
+        for (int i = 0; i < LANES; i++) {
+            sums[0][i] += (double)s[i];
+            sums[1][i] += (double)q[i];
+            sums[2][i] += (double)a[i];
+        }
+    }
+    for (int i = 0; i < LANES; i++) {
+        note_extremes(t, low[i], high[i], zero[i]);
+        sum += sums[0][i];
+        squares += sums[1][i];
+        absolutes += sums[2][i];
+        zeros += (double)zero[i];
     }
     /* Not if float was too narrow for a sum, or squares may have been lost to underflow. */
-    const int is_exact = square > (double)n * 0x1p-128 || zero == (float)(n - rest);
-    if (is_exact && isfinite(square) && isfinite(absolute)) {
-        add_sums(t, sum, square, absolute);
+    const int is_exact = squares > (double)n * 0x1p-128 || zeros == (double)whole;
+    double wide[ELEMENTS];
+    if (is_exact && isfinite(squares) && isfinite(absolutes)) {
+        add_sums(t, sum, squares, absolutes);
     } else {
-        widen_floats((const uint8_t *)p, n - rest, wide);
-        add_odd(wide, n - rest, t, 1);
+        for (size_t i = 0; i < whole; i++) wide[i] = (double)p[i];
+        add_odd(wide, whole, t, 1);
     }
-    widen_floats((const uint8_t *)(p + n - rest), rest, wide);
-    add_doubles(wide, rest, t);
+    for (size_t i = whole; i < n; i++) wide[i - whole] = (double)p[i];
+    add_doubles(wide, n - whole, t);
 }
 
 /* One byte an element, whatever the dtype: count the bytes, then look up what they stand for. */
@@ -368,32 +337,57 @@ static void of_bytes(const uint8_t *p, size_t n, const double *values, double *s
     end(&t);
 }
 
-#define VIA(NAME, TO)                                                                       \
-    static void add_##NAME(in_t p, size_t n, total_t *t) {                                  \
+static inline float from_bf16(uint16_t h) {
+    const uint32_t bits = (uint32_t)h << 16;
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+static inline float from_f16(uint16_t h) {
+    /* The bits at their places, then the exponent mended, but of infinity and NaN. */
+    uint32_t bits = (uint32_t)(h & 0x7FFF) << 13;
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    x *= 0x1p112f;
+    memcpy(&bits, &x, sizeof x);
+    bits |= (uint32_t)(h & 0x8000) << 16 | (uint32_t)((h & 0x7C00) == 0x7C00) * 0x7F800000u;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* What words of more than one byte are: a letter as in the module struct (E is bfloat16), their
+   type, the type they are added in, where all have a place (but integers of 64 bits, which are
+   rounded), and how they become that. */
+#define KINDS(X)                                                                            \
+    X(f, float, float, )                                                                    \
+    X(d, double, double, )                                                                  \
+    X(e, uint16_t, float, from_f16)                                                         \
+    X(E, uint16_t, float, from_bf16)                                                        \
+    X(h, int16_t, float, )                                                                  \
+    X(H, uint16_t, float, )                                                                 \
+    X(i, int32_t, double, )                                                                 \
+    X(I, uint32_t, double, )                                                                \
+    X(q, int64_t, double, )                                                                 \
+    X(Q, uint64_t, double, )
+
+#define ADD(LETTER, FROM, TO, HOW)                                                          \
+    FAST static void add_##LETTER(const uint8_t *p, size_t n, total_t *t) {                 \
         TO wide[ELEMENTS];                                                                  \
-        widen_##NAME(p, n, wide);                                                           \
+        if ((#LETTER[0] == 'f' || #LETTER[0] == 'd') && (uintptr_t)p % sizeof(TO) == 0) {   \
+            add_##TO##s((const TO *)(const void *)p, n, t);                                 \
+            return;                                                                         \
+        }                                                                                   \
+        for (size_t i = 0; i < n; i++) {                                                    \
+            FROM x;                                                                         \
+            memcpy(&x, p + i * sizeof x, sizeof x);                                         \
+            wide[i] = (TO)HOW(x);                                                           \
+        }                                                                                   \
         add_##TO##s(wide, n, t);                                                            \
     }
-VIA(f16, float)
-VIA(bf16, float)
-VIA(i16, float)
-VIA(u16, float)
-VIA(i32, double)
-VIA(u32, double)
-VIA(i64, double)
-VIA(u64, double)
+KINDS(ADD)
 
-#define AS_IT_LIES(NAME, TYPE)                                                              \
-    static void add_##NAME(in_t p, size_t n, total_t *t) {                                  \
-        TYPE aligned[ELEMENTS];                                                             \
-        const TYPE *from = (const TYPE *)(const void *)p;                                   \
-        if ((uintptr_t)p % sizeof(TYPE) != 0) from = memcpy(aligned, p, n * sizeof(TYPE));  \
-        add_##TYPE##s(from, n, t);                                                          \
-    }
-AS_IT_LIES(f32, float)
-AS_IT_LIES(f64, double)
-
-typedef void (*add_t)(in_t, size_t, total_t *);
+typedef void (*add_t)(const uint8_t *, size_t, total_t *);
 
 static void of_words(const uint8_t *p, size_t n, size_t size, add_t add, double *stats) {
     total_t t;
@@ -414,12 +408,12 @@ static void release(Py_buffer *views, int n) {
     while (n > 0) PyBuffer_Release(&views[--n]);
 }
 
-/* Take the buffers of a sequence of 1, 2, 4 or 8 planes; give their number, or -1. */
+/* Take the buffers of a sequence of 1, 2, 4 or 8 planes; give their number, or 0. */
 static int take_planes(PyObject *planes, Py_buffer *views, int flags) {
     const Py_ssize_t w = PySequence_Size(planes);
     if (w != 1 && w != 2 && w != 4 && w != 8) {
         if (!PyErr_Occurred()) refuse("there must be 1, 2, 4 or 8 planes");
-        return -1;
+        return 0;
     }
     for (int i = 0; i < w; i++) {
         PyObject *plane = PySequence_GetItem(planes, i);
@@ -427,114 +421,104 @@ static int take_planes(PyObject *planes, Py_buffer *views, int flags) {
         Py_XDECREF(plane);
         if (failed) {
             release(views, i);
-            return -1;
+            return 0;
         }
     }
     return (int)w;
 }
 
-static PyObject *run(PyObject *words, PyObject *cut, PyObject *flag, int joins) {
-    Py_buffer whole, views[8];
+static PyObject *split_or_join(Py_buffer words, PyObject *cut, int rotated, int joins) {
+    Py_buffer views[8];
     uint8_t *planes[8];
-    Py_ssize_t strides[8];
-    const int rotated = PyObject_IsTrue(flag);
-    if (rotated < 0) return NULL;
-    if (PyObject_GetBuffer(words, &whole, joins ? PyBUF_WRITABLE : PyBUF_SIMPLE) < 0) return NULL;
-    /* What is read may have strides, what is written may not. */
-    const int w = take_planes(cut, views, joins ? PyBUF_STRIDES : PyBUF_WRITABLE);
-    int fits = w > 0 && whole.len % w == 0;
+    int is_single[8];
+    const int w = take_planes(cut, views, joins ? PyBUF_SIMPLE : PyBUF_WRITABLE);
+    const Py_ssize_t n = w > 0 ? words.len / w : 0;
+    int fits = w > 0 && n * w == words.len;
     for (int i = 0; i < w; i++) {
         planes[i] = views[i].buf;
-        const Py_ssize_t n = fits ? whole.len / w : 0;
-        fits = fits && (views[i].len == n || (joins && views[i].len == 1));
-        fits = fits && (!joins || (views[i].ndim == 1 && views[i].itemsize == 1));
-        strides[i] = !fits || !joins ? 1 : views[i].len == n ? views[i].strides[0] : 0;
+        is_single[i] = joins && views[i].len == 1;
+        fits = fits && (views[i].len == n || is_single[i]);
     }
     if (fits) {
-        const size_t n = (size_t)(whole.len / w);
-        PyThreadState *state = whole.len > GIL_NBYTES ? PyEval_SaveThread() : NULL;
+        PyThreadState *state = words.len > GIL_NBYTES ? PyEval_SaveThread() : NULL;
         if (joins)
-            join_words(planes, strides, whole.buf, n, w, rotated);
+            join_words(planes, is_single, words.buf, (size_t)n, w, rotated);
         else
-            split_words(whole.buf, n, planes, w, rotated);
+            split_words(words.buf, (size_t)n, planes, w, rotated);
         if (state != NULL) PyEval_RestoreThread(state);
     }
     release(views, w);
-    PyBuffer_Release(&whole);
-    if (w < 0) return NULL;
-    if (!fits) return refuse("planes must hold one byte of each word");
-    return none();
+    PyBuffer_Release(&words);
+    if (w == 0) return NULL;
+    return fits ? none() : refuse("planes must hold one byte of each word");
 }
 
-static PyObject *py_split(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs) {
-    return nargs == 3 ? run(args[0], args[1], args[2], 0) : refuse("split(raw, planes, rotated)");
+static PyObject *py_split(PyObject *Py_UNUSED(module), PyObject *args) {
+    Py_buffer words;
+    PyObject *cut;
+    int rotated;
+    if (!PyArg_ParseTuple(args, "y*Op:split", &words, &cut, &rotated)) return NULL;
+    return split_or_join(words, cut, rotated, 0);
 }
 
-static PyObject *py_join(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs) {
-    return nargs == 3 ? run(args[1], args[0], args[2], 1) : refuse("join(planes, out, rotated)");
+static PyObject *py_join(PyObject *Py_UNUSED(module), PyObject *args) {
+    Py_buffer words;
+    PyObject *cut;
+    int rotated;
+    if (!PyArg_ParseTuple(args, "Ow*p:join", &cut, &words, &rotated)) return NULL;
+    return split_or_join(words, cut, rotated, 1);
 }
 
+#define ROW(LETTER, FROM, TO, HOW) {#LETTER[0], sizeof(FROM), add_##LETTER},
 static const struct {
-    char kind; /* as in the module struct; E is bfloat16 */
+    char letter;
     uint8_t size;
     add_t add;
-} KINDS[] = {
-    {'B', 1, NULL},     {'e', 2, add_f16}, {'E', 2, add_bf16}, {'f', 4, add_f32},
-    {'d', 8, add_f64},  {'h', 2, add_i16}, {'H', 2, add_u16},  {'i', 4, add_i32},
-    {'I', 4, add_u32},  {'q', 8, add_i64}, {'Q', 8, add_u64},
-};
+} TABLE[] = {{'B', 1, NULL}, KINDS(ROW)};
 
-static PyObject *py_statistics(PyObject *Py_UNUSED(module), PyObject *const *args,
-                               Py_ssize_t nargs) {
-    Py_buffer views[3];
-    if (nargs != 4) return refuse("statistics(data, kind, values, out)");
-    const Py_UCS4 kind = PyUnicode_ReadChar(args[1], 0);
-    if (kind == (Py_UCS4)-1) return NULL;
+static int add_rows(Py_buffer data, int kind, Py_buffer values, Py_buffer out) {
     size_t k = 0;
-    while (k < sizeof KINDS / sizeof KINDS[0] && (Py_UCS4)KINDS[k].kind != kind) k++;
-    if (k == sizeof KINDS / sizeof KINDS[0]) return refuse("no such kind");
-    PyObject *const objects[] = {args[0], args[2], args[3]};
-    for (int i = 0; i < 3; i++) {
-        if (PyObject_GetBuffer(objects[i], &views[i], i == 2 ? PyBUF_WRITABLE : PyBUF_SIMPLE) < 0) {
-            release(views, i);
-            return NULL;
-        }
+    while (k < sizeof TABLE / sizeof TABLE[0] && TABLE[k].letter != kind) k++;
+    if (k == sizeof TABLE / sizeof TABLE[0]) return 0;
+    const Py_ssize_t vector = NSTATS * (Py_ssize_t)sizeof(double), size = TABLE[k].size;
+    const Py_ssize_t rows = out.len / vector, row = rows > 0 ? data.len / rows : 0;
+    if (out.len % vector != 0 || data.len != rows * row || row % size != 0 ||
+        (TABLE[k].add == NULL && values.len != 256 * (Py_ssize_t)sizeof(double)) ||
+        ((uintptr_t)out.buf | (uintptr_t)values.buf) % sizeof(double) != 0)
+        return 0;
+    PyThreadState *state = data.len > GIL_NBYTES ? PyEval_SaveThread() : NULL;
+    fenv_t before;
+    fegetenv(&before); /* a training loop may flush denormal numbers to zero: we do not */
+    fesetenv(FE_DFL_ENV);
+    for (Py_ssize_t r = 0; r < rows; r++) {
+        const uint8_t *from = (const uint8_t *)data.buf + r * row;
+        double *to = (double *)out.buf + r * NSTATS;
+        if (TABLE[k].add == NULL)
+            of_bytes(from, (size_t)row, values.buf, to);
+        else
+            of_words(from, (size_t)(row / size), (size_t)size, TABLE[k].add, to);
     }
-    const Py_buffer data = views[0], values = views[1], out = views[2];
-    const Py_ssize_t vector = NSTATS * (Py_ssize_t)sizeof(double), size = KINDS[k].size;
-    const Py_ssize_t rows = out.len / vector;
-    const Py_ssize_t row = rows > 0 ? data.len / rows : 0;
-    const int fits = out.len % vector == 0 && data.len == rows * row && row % size == 0 &&
-                     (KINDS[k].add != NULL || values.len == 256 * (Py_ssize_t)sizeof(double)) &&
-                     (uintptr_t)out.buf % sizeof(double) == 0 &&
-                     (uintptr_t)values.buf % sizeof(double) == 0;
-    if (fits) {
-        PyThreadState *state = data.len > GIL_NBYTES ? PyEval_SaveThread() : NULL;
-        fenv_t before;
-        fegetenv(&before); /* a training loop may flush denormal numbers to zero: we do not */
-        fesetenv(FE_DFL_ENV);
-        for (Py_ssize_t r = 0; r < rows; r++) {
-            const uint8_t *from = (const uint8_t *)data.buf + r * row;
-            double *to = (double *)out.buf + r * NSTATS;
-            if (KINDS[k].add == NULL)
-                of_bytes(from, (size_t)row, values.buf, to);
-            else
-                of_words(from, (size_t)(row / size), (size_t)size, KINDS[k].add, to);
-        }
-        fesetenv(&before);
-        if (state != NULL) PyEval_RestoreThread(state);
-    }
-    release(views, 3);
-    if (!fits) return refuse("data, values and out do not fit each other");
-    return none();
+    fesetenv(&before);
+    if (state != NULL) PyEval_RestoreThread(state);
+    return 1;
+}
+
+static PyObject *py_statistics(PyObject *Py_UNUSED(module), PyObject *args) {
+    Py_buffer data, values, out;
+    int kind;
+    if (!PyArg_ParseTuple(args, "y*Cy*w*:statistics", &data, &kind, &values, &out)) return NULL;
+    const int fits = add_rows(data, kind, values, out);
+    PyBuffer_Release(&data);
+    PyBuffer_Release(&values);
+    PyBuffer_Release(&out);
+    return fits ? none() : refuse("kind, data, values and out do not fit each other");
 }
 
 static PyMethodDef METHODS[] = {
-    {"split", (PyCFunction)(void (*)(void))py_split, METH_FASTCALL,
+    {"split", py_split, METH_VARARGS,
      "split(raw, planes, rotated)\n--\n\nWrite byte i of every word to plane i."},
-    {"join", (PyCFunction)(void (*)(void))py_join, METH_FASTCALL,
-     "join(planes, out, rotated)\n--\n\nUndo split."},
-    {"statistics", (PyCFunction)(void (*)(void))py_statistics, METH_FASTCALL,
+    {"join", py_join, METH_VARARGS, "join(planes, out, rotated)\n--\n\nUndo split."},
+    {"statistics", py_statistics, METH_VARARGS,
      "statistics(data, kind, values, out)\n--\n\nWrite ten numbers for each row."},
     {NULL, NULL, 0, NULL},
 };

@@ -97,7 +97,7 @@ def join(planes: Sequence[Bytes], out: Bytes, *, rotated: bool) -> None:
     Parameters
     ----------
     planes
-        w buffers (w is 1, 2, 4 or 8) of n bytes each, any stride, or of one byte that stands
+        w buffers (w is 1, 2, 4 or 8) of n bytes each, contiguous, or of one byte that stands
         for n. Not changed.
     out
         Room for n words of w bytes, contiguous, overwritten; no plane may overlap it.
