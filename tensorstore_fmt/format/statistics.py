@@ -20,7 +20,7 @@ from tensorstore_fmt import dtypes
 from tensorstore_fmt.errors import ArgumentError
 from tensorstore_fmt.format import kernel, layout
 
-__all__ = ["compute", "compute_rows", "supports"]
+__all__ = ["combine", "compute", "compute_rows", "supports"]
 
 BLOCK: Final = 65536
 """Elements per block: 256 KiB of float32 and its scratch fit a second-level cache."""
@@ -139,6 +139,27 @@ def compute_rows(array: NDArray[Any], *, dtype: str) -> _F64:
             batch = rows[start : start + per_batch]
             _of_rows(_float64(batch, dtype), result[start : start + per_batch])
     return result
+
+
+def combine(rows: _F64) -> _F64:
+    """Give the statistics of a tensor from those of its pieces.
+
+    Parameters
+    ----------
+    rows
+        Shape (k, 10), k > 0.
+
+    Returns
+    -------
+    ndarray
+        Shape (10,). A sum that float64 cannot hold on the way is not finite; `compute` of the
+        whole may give it all the same.
+    """
+    with np.errstate(all="ignore"):
+        total: _F64 = np.add.reduce(rows, axis=0)
+    total[_MIN] = np.fmin.reduce(rows[:, _MIN])
+    total[_MAX] = np.fmax.reduce(rows[:, _MAX])
+    return total
 
 
 def _stored(array: NDArray[Any], dtype: str) -> NDArray[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import queue
 import threading
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 import crc32c
@@ -173,82 +174,81 @@ class _SaveEncoder:
 
     def run(self, sink: ShardSink) -> list[PendingEntry]:
         kept = self._kept
-        if kept.stats is not None:
-            self._statistics(kept.stats)
-        if kept.has_data:
-            if kept.storing == "gridded":
-                for step, array in zip(self._steps, self._arrays, strict=True):
-                    self._gridded(step, array)
-            else:
-                self._joined()
+        if kept.series.dtype == dtypes.STRING:
+            self._strings()
+        elif kept.storing == "gridded" and kept.has_data:
+            for step, array in zip(self._steps, self._arrays, strict=True):
+                self._gridded(step, array)
+        else:
+            self._together()
         if self._rows:
             sink.add(self._rows)
         return self._entries
 
-    # --- statistics -----------------------------------------------------------------
+    # --- k steps to a chunk, or statistics alone --------------------------------------
 
-    def _statistics(self, series: Series) -> None:
-        dtype = self._kept.series.dtype
-        if len(self._arrays) == 1:
-            vectors = statistics.compute(self._arrays[0], dtype=dtype)[None]
+    def _together(self) -> None:
+        kept, arrays = self._kept, self._arrays
+        if len(arrays) == 1:
+            rows = arrays[0].reshape(1, -1)
         else:
-            stacked = np.stack([a.reshape(-1) for a in self._arrays])
-            vectors = statistics.compute_rows(stacked, dtype=dtype)
-        steps = np.array(self._steps, np.int64)
-        for begin, end in runs_of_steps(steps):
-            for at in range(begin, end, _MAX_STATS_STEPS):
-                stop = min(at + _MAX_STATS_STEPS, end)
-                data = vectors[at:stop].astype("<f8").tobytes()
-                self._entry(series, steps[at:stop], 0, _inline(data))
+            rows = np.concatenate(arrays, axis=None).reshape(len(arrays), -1)
+        if kept.stats is not None:
+            self._statistics(kept.stats, statistics.compute_rows(rows, dtype=kept.series.dtype))
+        if not kept.has_data:
+            return
+        raw = rows.view(np.uint8)
+        for at, stop in self._runs(grid.DEFAULT_CHUNK_NBYTES // max(1, kept.step_nbytes)):
+            steps = np.array(self._steps[at:stop], np.int64)
+            if stop - at > 1 and self._has_digests and _all_equal(raw[at:stop]):
+                self._chunk(kept.series, steps, 0, raw[at], is_repeat=True)
+            else:
+                self._chunk(kept.series, steps, 0, raw[at:stop].reshape(-1))
 
-    # --- middle-sized: k steps to a chunk ------------------------------------------
+    def _statistics(self, series: Series, vectors: np.ndarray) -> None:
+        for at, stop in self._runs(_MAX_STATS_STEPS):
+            steps = np.array(self._steps[at:stop], np.int64)
+            data = vectors[at:stop].astype("<f8").tobytes()
+            self._entry(series, steps, 0, _inline(data))
 
-    def _joined(self) -> None:
-        series = self._kept.series
-        steps = np.array(self._steps, np.int64)
-        is_string = series.dtype == dtypes.STRING
-        k = max(1, grid.DEFAULT_CHUNK_NBYTES // max(1, self._kept.step_nbytes))
-        for begin, end in runs_of_steps(steps):
-            for at in range(begin, end, k):
-                stop = min(at + k, end)
-                arrays = self._arrays[at:stop]
-                if is_string:
-                    raw = _bytes_of_strings([s for a in arrays for s in a.reshape(-1).tolist()])
-                elif len(arrays) > 1 and self._has_digests and _all_equal(arrays):
-                    self._chunk(series, steps[at:stop], 0, _bytes_of(arrays[0]), is_repeat=True)
-                    continue
-                else:
-                    raw = np.concatenate([_bytes_of(a) for a in arrays])
-                self._chunk(series, steps[at:stop], 0, raw)
+    def _runs(self, most: int) -> Iterator[tuple[int, int]]:
+        """Give where runs of at most so many steps begin and end."""
+        for begin, end in runs_of_steps(np.array(self._steps, np.int64)):
+            for at in range(begin, end, max(1, most)):
+                yield at, min(at + max(1, most), end)
 
     # --- large: a grid of chunks ----------------------------------------------------
 
     def _gridded(self, step: int, array: np.ndarray) -> None:
-        series = self._kept.series
+        series, stats = self._kept.series, self._kept.stats
         steps = np.array([step], np.int64)
-        if series.dtype == dtypes.STRING:
-            self._strings(steps, array)
-            return
-        shape, lengths = series.shape, grid.steps_lengths(series.shape, series.grid)
-        counts = grid.chunk_counts(shape, series.grid)
-        # Boxes that are whole along all axes but the first are slices of memory as it lies.
-        if all(n <= 1 for n in counts[1:]):
-            flat = _bytes_of(array)
-            row_nbytes = math.prod(shape[1:]) * array.itemsize
-            size = (lengths[0] if shape else 1) * row_nbytes
-            for number in range(math.prod(counts)):
-                self._chunk(series, steps, number, flat[number * size : (number + 1) * size])
-            return
-        for number in range(math.prod(counts)):
-            box = tuple(slice(a, b) for a, b in grid.chunk_box(shape, series.grid, number))
-            self._chunk(series, steps, number, _bytes_of(np.ascontiguousarray(array[box])))
+        n = grid.n_chunks(series.shape, series.grid)
+        # Each chunk is summed up where it is encoded: it is in the cache then.
+        vectors = np.empty((n if stats is not None else 0, layout.STATS_LEN))
+        for number, chunk in enumerate(_chunks(array, series.grid)):
+            if stats is not None:
+                vectors[number] = statistics.compute(chunk, dtype=series.dtype)
+            self._chunk(series, steps, number, chunk.view(np.uint8))
+        if stats is not None:
+            whole = statistics.combine(vectors)
+            if not np.isfinite(whole[-3:]).all():  # the sums
+                whole = statistics.compute(array, dtype=series.dtype)
+            self._statistics(stats, whole[None])
 
-    def _strings(self, steps: np.ndarray, array: np.ndarray) -> None:
+    def _strings(self) -> None:
         series = self._kept.series
-        for number in range(grid.n_chunks(series.shape, series.grid)):
-            box = tuple(slice(a, b) for a, b in grid.chunk_box(series.shape, series.grid, number))
-            raw = _bytes_of_strings(array[box].reshape(-1).tolist())
-            self._chunk(series, steps, number, raw)
+        if self._kept.storing == "joined":
+            most = grid.DEFAULT_CHUNK_NBYTES // max(1, self._kept.step_nbytes)
+            for at, stop in self._runs(most):
+                texts = [s for a in self._arrays[at:stop] for s in a.reshape(-1).tolist()]
+                steps = np.array(self._steps[at:stop], np.int64)
+                self._chunk(series, steps, 0, _bytes_of_strings(texts))
+            return
+        for step, array in zip(self._steps, self._arrays, strict=True):
+            for number in range(grid.n_chunks(series.shape, series.grid)):
+                box = grid.chunk_box(series.shape, series.grid, number)
+                raw = _bytes_of_strings(array[_slices(box)].reshape(-1).tolist())
+                self._chunk(series, np.array([step], np.int64), number, raw)
 
     # --- one chunk ------------------------------------------------------------------
 
@@ -352,15 +352,30 @@ def _inline(data: bytes) -> Placed:
     )
 
 
-def _bytes_of(array: np.ndarray) -> np.ndarray:
-    return array.reshape(-1).view(np.uint8)
+def _chunks(array: np.ndarray, cut: tuple[int, ...]) -> Iterator[np.ndarray]:
+    """Give the elements of each box of a grid, flat and contiguous, in the order of the chunks."""
+    shape = array.shape
+    counts = grid.chunk_counts(shape, cut)
+    # Boxes that are whole along all axes but the first are slices of memory as it lies.
+    if all(n <= 1 for n in counts[1:]):
+        flat = array.reshape(-1)
+        size = math.prod(shape[1:]) * (grid.steps_lengths(shape, cut)[0] if shape else 1)
+        for number in range(math.prod(counts)):
+            yield flat[number * size : (number + 1) * size]
+        return
+    for number in range(math.prod(counts)):
+        box = array[_slices(grid.chunk_box(shape, cut, number))]
+        yield np.ascontiguousarray(box).reshape(-1)
+
+
+def _slices(box: Iterable[tuple[int, int]]) -> tuple[slice, ...]:
+    return tuple(slice(begin, end) for begin, end in box)
 
 
 def _bytes_of_strings(texts: list[str]) -> np.ndarray:
     return np.frombuffer(pack_strings(texts), np.uint8)
 
 
-def _all_equal(arrays: list[np.ndarray]) -> bool:
-    """Say whether all have the same bits, giving up at the first that differs."""
-    first = _bytes_of(arrays[0])
-    return all(np.array_equal(first, _bytes_of(a)) for a in arrays[1:])
+def _all_equal(rows: np.ndarray) -> bool:
+    """Say whether all rows have the same bits, giving up at the first that differs."""
+    return all(np.array_equal(rows[0], row) for row in rows[1:])
