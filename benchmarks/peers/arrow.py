@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,11 +17,36 @@ from peers.layout import (
     chunk_elements,
     file_name,
     flat,
+    is_remote,
+    joined,
+    ready,
     steps_together,
 )
 from suite.contestant import Item, Reader, Series, Store
 
 _COLUMN = "values"
+
+
+def _bucket() -> Any:
+    from pyarrow import fs
+
+    return fs.S3FileSystem(endpoint_override=os.environ.get("AWS_ENDPOINT_URL"))
+
+
+def _sink(path: str) -> Any:
+    import pyarrow as pa
+
+    if is_remote(path):
+        return _bucket().open_output_stream(path.removeprefix("s3://"))
+    return pa.OSFile(path, "wb")
+
+
+def _source(path: str) -> Any:
+    import pyarrow as pa
+
+    if is_remote(path):
+        return _bucket().open_input_file(path.removeprefix("s3://"))
+    return pa.memory_map(path)
 
 
 class _Tables(Store):
@@ -29,20 +55,21 @@ class _Tables(Store):
     needs = ("pyarrow",)
     distributions = ("pyarrow", "numpy")
     reads_parts = True
+    takes_s3 = True
 
-    def _writer(self, path: Path, schema: Any) -> Any:
+    def _writer(self, sink: Any, schema: Any) -> Any:
         raise NotImplementedError
 
     def write(self, place: str | Path, series: Sequence[Series], items: Iterable[Item]) -> None:
         """Append each tensor to its table."""
-        folder = Path(place)
-        folder.mkdir(parents=True, exist_ok=True)
         import pyarrow as pa
 
-        writers, steps = {}, Steps()
+        ready(place)
+        writers, sinks, steps = {}, [], Steps()
         for s in series:
             schema = pa.schema([pa.field(_COLUMN, self._type(s), nullable=False)])
-            writers[s.name] = self._writer(folder / file_name(s.name), schema)
+            sinks.append(_sink(joined(place, file_name(s.name))))
+            writers[s.name] = self._writer(sinks[-1], schema)
         together = {s.name: steps_together(s) for s in series}
         for numbers, name, values in batched(items, together, aligned=False):
             row, writer = flat(values), writers[name]
@@ -54,9 +81,10 @@ class _Tables(Store):
                 )
                 writer.write_batch(pa.record_batch([column], schema=writer.schema))
             steps.add(name, numbers)
-        for writer in writers.values():
+        for writer, sink in zip(writers.values(), sinks, strict=True):
             writer.close()
-        steps.save(folder)
+            sink.close()
+        steps.save(place)
 
     def _type(self, series: Series) -> Any:
         import pyarrow as pa
@@ -71,12 +99,12 @@ class _Tables(Store):
 class _TableReader(FlatReader):
     """Decodes the pieces that a selection touches."""
 
-    def __init__(self, store: _Tables, folder: Path, series: Sequence[Series]) -> None:
-        super().__init__(folder, series)
+    def __init__(self, store: _Tables, place: str | Path, series: Sequence[Series]) -> None:
+        super().__init__(place, series)
         self._store = store
         self._files: dict[str, Any] = {}
 
-    def _open(self, path: Path) -> Any:
+    def _open(self, source: Any) -> Any:
         raise NotImplementedError
 
     def _decoded(self, file: Any, numbers: list[int]) -> list:
@@ -85,7 +113,7 @@ class _TableReader(FlatReader):
 
     def _pieces(self, name: str, numbers: np.ndarray) -> list[np.ndarray]:
         if name not in self._files:
-            self._files[name] = self._open(self._folder / file_name(name))
+            self._files[name] = self._open(_source(joined(self._place, file_name(name))))
         dtype = self._series[name].numpy_dtype
         return [
             np.frombuffer(column.buffers()[1], dtype)[column.offset : column.offset + len(column)]
@@ -136,11 +164,11 @@ class ArrowIpc(_Tables):
     compresses = False
     codec: ClassVar[str | None] = None
 
-    def _writer(self, path: Path, schema: Any) -> Any:
+    def _writer(self, sink: Any, schema: Any) -> Any:
         import pyarrow as pa
 
         options = pa.ipc.IpcWriteOptions(compression=self.codec and pa.Codec(self.codec, 1))
-        writer = pa.ipc.new_file(str(path), schema, options=options)
+        writer = pa.ipc.new_file(sink, schema, options=options)
         return _Named(writer, schema)
 
     def _piece(self, size: int, itemsize: int) -> int:
@@ -148,7 +176,7 @@ class ArrowIpc(_Tables):
 
     def reader(self, place: str | Path, series: Sequence[Series]) -> Reader:
         """Map each file when it is first read."""
-        return _MappedReader(self, Path(place), series)
+        return _MappedReader(self, place, series)
 
 
 class _Named:
@@ -161,10 +189,10 @@ class _Named:
 
 
 class _ArrowReader(_TableReader):
-    def _open(self, path: Path) -> Any:
+    def _open(self, source: Any) -> Any:
         import pyarrow as pa
 
-        return pa.ipc.open_file(pa.memory_map(str(path)))
+        return pa.ipc.open_file(source)
 
     def _decoded(self, file: Any, numbers: list[int]) -> list:
         return [file.get_batch(number).column(0) for number in numbers]
@@ -206,7 +234,7 @@ class ArrowZstd(ArrowIpc):
 
     def reader(self, place: str | Path, series: Sequence[Series]) -> Reader:
         """Map each file when it is first read."""
-        return _ArrowReader(self, Path(place), series)
+        return _ArrowReader(self, place, series)
 
 
 class Parquet(_Tables):
@@ -226,14 +254,14 @@ class Parquet(_Tables):
         found = super()._type(series)
         return pa.binary(2) if pa.types.is_integer(found) and found.bit_width == 16 else found
 
-    def _writer(self, path: Path, schema: Any) -> Any:
+    def _writer(self, sink: Any, schema: Any) -> Any:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         kind = schema.types[0]
         splits = not pa.types.is_integer(kind) or kind.bit_width > 16
         return pq.ParquetWriter(
-            str(path),
+            sink,
             schema,
             compression="zstd",
             compression_level=1,
@@ -244,14 +272,14 @@ class Parquet(_Tables):
 
     def reader(self, place: str | Path, series: Sequence[Series]) -> Reader:
         """Map each file when it is first read."""
-        return _ParquetReader(self, Path(place), series)
+        return _ParquetReader(self, place, series)
 
 
 class _ParquetReader(_TableReader):
-    def _open(self, path: Path) -> Any:
+    def _open(self, source: Any) -> Any:
         import pyarrow.parquet as pq
 
-        return pq.ParquetFile(str(path), memory_map=True)
+        return pq.ParquetFile(source, pre_buffer=is_remote(self._place))
 
     def _decoded(self, file: Any, numbers: list[int]) -> list:
         return file.read_row_groups(numbers).column(0).chunks

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from peers.layout import FlatReader, Steps, file_name, flat
+from peers.layout import FlatReader, Steps, file_name, flat, is_remote, joined, ready
 from suite.contestant import Item, Reader, Series, Store
 
 _COLUMN = "values"
@@ -22,6 +22,7 @@ class _Lance(Store):
     needs = ("lance",)
     distributions = ("pylance", "pyarrow", "numpy")
     reads_parts = True
+    takes_s3 = True
     metadata: ClassVar[dict[str, str]] = {}
     is_flat: ClassVar[bool]
 
@@ -30,8 +31,7 @@ class _Lance(Store):
         import pyarrow as pa
         from lance.file import LanceFileWriter
 
-        folder = Path(place)
-        folder.mkdir(parents=True, exist_ok=True)
+        ready(place)
         schemas, writers, steps = {}, {}, Steps()
         for s in series:
             kind = pa.from_numpy_dtype(flat(np.empty(0, s.numpy_dtype)).dtype)
@@ -40,8 +40,9 @@ class _Lance(Store):
                 kind = pa.list_(pa.field("item", kind, nullable=False), width)
             field = pa.field(_COLUMN, kind, nullable=False, metadata=self.metadata)
             schemas[s.name] = pa.schema([field])
-            path = str(folder / file_name(s.name, ".lance"))
-            writers[s.name] = LanceFileWriter(path, schemas[s.name])
+            path = joined(place, file_name(s.name, ".lance"))
+            options = {"allow_http": "true"} if is_remote(place) else None
+            writers[s.name] = LanceFileWriter(path, schemas[s.name], storage_options=options)
         for step, name, values in items:
             schema = schemas[name]
             column = pa.array(flat(values))
@@ -53,16 +54,16 @@ class _Lance(Store):
             # A file without rows cannot be closed.
             if name in steps.names:
                 writer.close()
-        steps.save(folder)
+        steps.save(place)
 
     def reader(self, place: str | Path, series: Sequence[Series]) -> Reader:
         """Open each file when it is first read."""
-        return _LanceReader(Path(place), series, is_flat=self.is_flat)
+        return _LanceReader(place, series, is_flat=self.is_flat)
 
 
 class _LanceReader(FlatReader):
-    def __init__(self, folder: Path, series: Sequence[Series], *, is_flat: bool) -> None:
-        super().__init__(folder, series)
+    def __init__(self, place: str | Path, series: Sequence[Series], *, is_flat: bool) -> None:
+        super().__init__(place, series)
         self._is_flat = is_flat
         self._files: dict[str, Any] = {}
 
@@ -70,8 +71,9 @@ class _LanceReader(FlatReader):
         from lance.file import LanceFileReader
 
         if name not in self._files:
-            path = str(self._folder / file_name(name, ".lance"))
-            self._files[name] = LanceFileReader(path)
+            path = joined(self._place, file_name(name, ".lance"))
+            options = {"allow_http": "true"} if is_remote(path) else None
+            self._files[name] = LanceFileReader(path, storage_options=options)
         return self._files[name]
 
     def _numbers(self, results: Any, name: str) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -106,24 +107,55 @@ class Steps:
         """What was written at all."""
         return set(self._steps)
 
-    def save(self, folder: Path) -> None:
-        """Keep it beside the tables."""
-        (folder / "steps.json").write_text(json.dumps(self._steps))
+    def save(self, place: str | Path) -> None:
+        """Keep it beside the tables. In a bucket all steps must be there, so that none is read."""
+        if not is_remote(place):
+            (Path(place) / "steps.json").write_text(json.dumps(self._steps))
+        elif any(each != list(range(len(each))) for each in self._steps.values()):
+            message = f"{place}: steps are missing; tables in a bucket must have all from 0 on"
+            raise ValueError(message)
 
     @staticmethod
-    def load(folder: Path) -> dict[str, dict[int, int]]:
+    def load(place: str | Path, names: Iterable[str]) -> Mapping[str, Mapping[int, int] | range]:
         """Give each step's place in its table, by name."""
-        steps = json.loads((folder / "steps.json").read_text())
+        if is_remote(place):
+            return dict.fromkeys(names, range(sys.maxsize))
+        steps = json.loads((Path(place) / "steps.json").read_text())
         return {name: {step: i for i, step in enumerate(each)} for name, each in steps.items()}
+
+
+def is_remote(place: str | Path) -> bool:
+    """Say whether a place is in a bucket."""
+    return str(place).startswith("s3://")
+
+
+def joined(place: str | Path, name: str) -> str:
+    """Give the path, or the URL, of a file below a place."""
+    return f"{place}/{name}"
+
+
+def ready(place: str | Path) -> None:
+    """Make a local folder; a bucket has none."""
+    if not is_remote(place):
+        Path(place).mkdir(parents=True, exist_ok=True)
+
+
+def upload(folder: Path, place: str) -> None:
+    """Copy files to a bucket, for stores that write local files alone."""
+    import s3fs
+
+    filesystem = s3fs.S3FileSystem(skip_instance_cache=True)
+    for file in folder.iterdir():
+        filesystem.put_file(str(file), joined(place, file.name))
 
 
 class FlatReader(Reader):
     """Reads tables in which all numbers of a name lie in one row, step after step."""
 
-    def __init__(self, folder: Path, series: Sequence[Series]) -> None:
-        self._folder = folder
+    def __init__(self, place: str | Path, series: Sequence[Series]) -> None:
+        self._place = place
         self._series = {s.name: s for s in series}
-        self._places = Steps.load(folder)
+        self._places = Steps.load(place, self._series)
 
     def gather(self, name: str, starts: np.ndarray, length: int) -> np.ndarray:
         """Give the runs of `length` numbers that begin at `starts`, as rows."""

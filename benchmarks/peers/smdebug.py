@@ -29,6 +29,7 @@ class SmDebug(Store):
     }
     compresses = False
     reads_parts = False
+    takes_s3 = True
 
     def write(self, place: str | Path, series: Sequence[Series], items: Iterable[Item]) -> None:
         """Open a writer for each step."""

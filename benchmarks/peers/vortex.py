@@ -67,7 +67,7 @@ class _VortexReader(FlatReader):
         import vortex as vx
 
         if (name, number) not in self._files:
-            path = _path(self._folder, name, number)
+            path = _path(Path(self._place), name, number)
             self._files[name, number] = vx.open(path, memory_map=True)
         return self._files[name, number]
 
