@@ -17,7 +17,9 @@ from tensorstore_fmt.interop.smdebug import Collection, create_trial, modes
 from tensorstore_fmt.interop.smdebug import exceptions as ex
 from tensorstore_fmt.interop.smdebug.configs import reduce
 from tensorstore_fmt.interop.smdebug.trials import Trial
+from tensorstore_fmt.storage import open_storage
 from tensorstore_fmt.testing.servers import S3Server
+from tensorstore_fmt.testing.storage import CountingStorage
 
 DATA = Path(__file__).parent / "data" / "smdebug"
 
@@ -328,3 +330,72 @@ def test_a_bucket_is_listed_once(s3: S3Server) -> None:
     asked = s3.requests()[before:]
     assert not [request for request in asked if "list-type" in request]
     assert len(asked) <= len(names) + 2
+
+
+# --- values step by step ---------------------------------------------------------------------
+def test_values_in_any_order_are_those_of_their_steps(tmp_path: Path) -> None:
+    """Steps behind the one that is asked for are read along; nobody must notice."""
+    rng = np.random.default_rng(0)
+    names = [f"t{i}" for i in range(40)]  # more than are followed at once
+    steps = [step for step in range(90) if step % 7]
+    values = {name: rng.random((90, 3, 5)).astype(np.float32) for name in names}
+    with tsf.create_run(tmp_path / "run") as run:
+        for step in steps:
+            run.log({name: values[name][step] for name in names}, step=step, mode="TRAIN")
+    trial = create_trial(tmp_path / "run")
+    orders = [steps, steps[::-1], [8, 8, 9, 9, 10, 3, 4, 5, 80, 81, 82, 83, 89]]
+    for order in orders:
+        for step in order:
+            for name in names[:: 1 if order is steps else 9]:
+                found = trial.tensor(name).value(step)
+                assert np.array_equal(found, values[name][step]), (name, step)
+                found[:] = -1  # the caller's own
+    with pytest.raises(ex.StepUnavailable):
+        trial.tensor("t0").value(7)
+
+
+def test_a_script_that_goes_step_by_step_reads_few_times(tmp_path: Path) -> None:
+    with tsf.create_run(tmp_path / "run", compression="none") as run:
+        for step in range(50):
+            run.log({"x": np.arange(step, 1024 + step).astype(np.float32)}, step=step)
+    counting = CountingStorage(open_storage(tmp_path / "run", writable=False))
+    trial = create_trial(tmp_path / "run")
+    trial._session.storage = counting
+    x = trial.tensor("x")
+    for step in x.steps():
+        assert x.value(step)[4] == step + 4
+    assert 1 <= sum(o.path.startswith("shards/") for o in counting.requests) <= 3
+
+
+def test_what_is_hidden_meanwhile_is_not_shown(tmp_path: Path) -> None:
+    with tsf.create_run(tmp_path / "run") as run:
+        for step in range(20):
+            run.log({"x": np.full(100, step)}, step=step)
+    writer = tsf.create_run(tmp_path / "run", resume_from=10)
+    writer.log({"x": np.full(100, -10)}, step=10)
+    writer.flush()
+    trial = create_trial(tmp_path / "run")
+    x = trial.tensor("x")
+    assert [int(x.value(step)[0]) for step in range(10)] == list(range(10))
+    for step in range(10, 20):
+        writer.log({"x": np.full(100, -step)}, step=step)
+    writer.close()
+    trial.refresh_data()
+    assert [int(x.value(step)[0]) for step in range(20)] == [*range(10), *range(-10, -20, -1)]
+
+
+def test_damage_behind_a_step_is_met_at_its_own(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    with tsf.create_run(tmp_path / "run", compression="none") as run:
+        for step in range(6):
+            run.log({"x": rng.random(5000)}, step=step)
+            run.flush()
+    (shard,) = (tmp_path / "run" / "shards").iterdir()
+    data = bytearray(shard.read_bytes())
+    data[len(data) * 3 // 4] ^= 1
+    shard.write_bytes(data)
+    x = create_trial(tmp_path / "run").tensor("x")
+    assert all(x.value(step).shape == (5000,) for step in range(4))
+    with pytest.raises(tsf.FormatError):
+        x.value(4)
+    assert x.value(5).shape == (5000,)

@@ -475,7 +475,11 @@ class Trial:
         """Give a value that was read ahead; None if it was not."""
         if mode is not ModeKeys.GLOBAL and self.ledger.mode_of(step) is not mode:
             return None
-        return self._ahead.get(name, step)
+        found = self._ahead.get(name, step)
+        if found is None:
+            last = self.ledger.last_complete
+            found = self._ahead.around(name, step, saved=self._raw_steps(name), last=last)
+        return found
 
     def close(self) -> None:
         """Give back connections and memory."""
