@@ -20,11 +20,11 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import numpy as np
 
+from tensorstore_fmt.closeable import Closeable
 from tensorstore_fmt.errors import ArgumentError
 from tensorstore_fmt.hooks.buckets import as_numpy, buckets
 from tensorstore_fmt.hooks.late_run import LateRun
@@ -34,7 +34,7 @@ __all__ = ["SummaryWriter"]
 _NO_STEP: Final = "without a step"
 
 
-class SummaryWriter:
+class SummaryWriter(Closeable):
     """Writes a run, with the methods that users of TensorBoard know.
 
     Parameters
@@ -402,17 +402,6 @@ class SummaryWriter:
     def close(self) -> None:
         """Close the run; writing after that opens it again, and hides nothing."""
         self._run.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _write(
         self,

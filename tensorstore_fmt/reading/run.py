@@ -6,13 +6,13 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import translate
-from types import TracebackType
-from typing import Any, Literal, Self, SupportsIndex
+from typing import Any, Literal, SupportsIndex
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from tensorstore_fmt.closeable import Closeable
 from tensorstore_fmt.errors import (
     AmbiguousError,
     FormatError,
@@ -68,7 +68,7 @@ def open_run(
     return Run(session)
 
 
-class Run:
+class Run(Closeable):
     """A run as it was when it was opened or last refreshed: a mapping from names to `Tensor`.
 
     Threads and forked processes may share it. It pickles as its URL and what it shows, and shows
@@ -382,17 +382,6 @@ class Run:
     def close(self) -> None:
         """Give back connections and memory; reading raises `ClosedError` afterwards."""
         self._session.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __reduce__(self) -> tuple[object, ...]:
         return Run, (self._session,)

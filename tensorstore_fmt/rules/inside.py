@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
-from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Protocol
 
+from tensorstore_fmt.closeable import Closeable
 from tensorstore_fmt.reading.run import Run
 from tensorstore_fmt.reading.session import Session
 from tensorstore_fmt.rules.actions import Action
@@ -59,7 +59,7 @@ def run_inside(
     return RulesInside(Runner(run, rules, actions=actions, record=record), writer)
 
 
-class RulesInside:
+class RulesInside(Closeable):
     """What `run_inside` gives."""
 
     def __init__(self, runner: Runner | None, writer: RunWriter | None) -> None:
@@ -102,14 +102,3 @@ class RulesInside:
             _logger.warning("the rules ended: %s: %s", type(error).__name__, error)
         finally:
             run.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

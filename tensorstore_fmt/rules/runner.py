@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from types import TracebackType
-from typing import Final, Literal, Self, TypeAlias
+from typing import Final, Literal, TypeAlias
 
+from tensorstore_fmt.closeable import Closeable
 from tensorstore_fmt.errors import ArgumentError, TensorStoreError
 from tensorstore_fmt.reading.run import Run, open_run
 from tensorstore_fmt.rules.actions import Action
@@ -65,7 +65,7 @@ class Report:
         return [finding for finding in self.findings if finding.rule == rule]
 
 
-class Runner:
+class Runner(Closeable):
     """Evaluates rules on a run; used by one thread at a time.
 
     Statistics are read many steps at a time and shared by all rules; each is fetched once. Steps
@@ -224,17 +224,6 @@ class Runner:
             action.close()
         if self._recorder is not None:
             self._recorder.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     # --- one rule ------------------------------------------------------------------------------
 

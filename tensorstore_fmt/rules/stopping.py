@@ -17,9 +17,9 @@ import secrets
 import threading
 import time
 from collections.abc import Mapping
-from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final
 
+from tensorstore_fmt.closeable import Closeable
 from tensorstore_fmt.errors import ArgumentError, StateError, TensorStoreError
 from tensorstore_fmt.rules.places import STOP, reopen
 from tensorstore_fmt.storage import Listing, Prefix, Storage, open_storage
@@ -116,7 +116,7 @@ def _newest(run: Run) -> int:
     return run.attempts[-1]
 
 
-class StopWatcher:
+class StopWatcher(Closeable):
     """Looks, in a thread, whether a training is asked to stop.
 
     Parameters
@@ -218,17 +218,6 @@ class StopWatcher:
         if threading.current_thread() is not self._thread:
             self._thread.join()
         self._storage.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     # --- the thread -----------------------------------------------------------------------
 

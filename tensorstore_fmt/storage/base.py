@@ -7,12 +7,13 @@ so one call is one round of requests.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Generic, Self, TypeAlias, TypeVar, cast
 
+from tensorstore_fmt.closeable import Closeable
 from tensorstore_fmt.errors import ArgumentError
 
 __all__ = [
@@ -100,7 +101,7 @@ class Listing(Request[list[FileInfo]]):
     directory: str
 
 
-class Appender(ABC):
+class Appender(Closeable):
     """A new file that grows at its end, owned by one thread at a time.
 
     After a failed append or sync nothing can be written to it any more (spec, "Duties of a
@@ -129,17 +130,6 @@ class Appender(ABC):
     def close(self) -> None:
         """Close the file without syncing it; more than once is fine."""
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
 
 class Lock:
     """An exclusive lock that is held until released; this one guards nothing.
@@ -167,7 +157,7 @@ class Lock:
         self.release()
 
 
-class Storage(ABC):
+class Storage(Closeable):
     """The files of one run, on a disk or in an object store.
 
     Threads may share one. It survives a fork, and pickles as its URL and options.
@@ -326,19 +316,8 @@ class Storage(ABC):
         root = without_credentials(self.url)
         return f"{root.rstrip('/')}/{path}" if path else root
 
-    def close(self) -> None:  # noqa: B027 - some have nothing to give back
+    def close(self) -> None:
         """Give back handles and connections; more than once is fine."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.describe()}>"

@@ -21,8 +21,9 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
+
+from tensorstore_fmt.closeable import Closeable
 
 __all__ = ["Channel", "Child", "ChildFailedError", "ForkServer"]
 
@@ -94,7 +95,7 @@ class Child:
         return os.waitstatus_to_exitcode(status)
 
 
-class ForkServer:
+class ForkServer(Closeable):
     """Forks tasks; one thread at a time uses it.
 
     Parameters
@@ -155,17 +156,6 @@ class ForkServer:
         """End it, and with it nothing that it forked."""
         self._socket.close()
         self._process.wait(timeout=20)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _receive(connection: socket.socket, nbytes: int) -> bytes:

@@ -10,9 +10,9 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
+from tensorstore_fmt.closeable import Closeable
 from tensorstore_fmt.format import layout
 from tensorstore_fmt.upkeep.arrow_file import ArrowFrame, Block
 from tensorstore_fmt.upkeep.shard_check import FRAME
@@ -29,7 +29,7 @@ class ChildDiedError(Exception):
     """Arrow did not survive what it was given, or took too long."""
 
 
-class ShardChild:
+class ShardChild(Closeable):
     """A child process, started when first needed and again after it died.
 
     Parameters
@@ -152,14 +152,3 @@ class ShardChild:
     def close(self) -> None:
         """End the process; more than once is fine."""
         self._stop()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

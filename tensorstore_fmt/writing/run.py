@@ -11,9 +11,9 @@ import time
 import warnings
 import weakref
 from collections.abc import Mapping
-from types import TracebackType
-from typing import Literal, Self
+from typing import Literal
 
+from tensorstore_fmt.closeable import Closeable
 from tensorstore_fmt.errors import ArgumentError, ClosedError, TensorStoreError
 from tensorstore_fmt.format import layout, segment
 from tensorstore_fmt.storage import Storage, open_storage
@@ -198,7 +198,7 @@ def _new_id() -> int:
     return secrets.randbits(64) or 1
 
 
-class RunWriter:
+class RunWriter(Closeable):
     """One writer of a run. Made by `create_run`; close it, or use it in a ``with`` statement.
 
     All methods may be called from several threads. In a process forked from this one it
@@ -481,17 +481,6 @@ class RunWriter:
             stalled_s=self._quota.stalled_s,
             log_s=self._log_s,
         )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 _open_writers: weakref.WeakSet[RunWriter] = weakref.WeakSet()

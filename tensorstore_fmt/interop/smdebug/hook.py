@@ -13,10 +13,10 @@ import threading
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 from tensorstore_fmt import dtypes
+from tensorstore_fmt.closeable import Closeable
 from tensorstore_fmt.errors import TensorStoreError
 from tensorstore_fmt.interop.importing.smdebug_names import (
     COLLECTIONS_NAME,
@@ -46,7 +46,7 @@ _FAILURES: Final = (
 )  # fmt: skip
 
 
-class Hook:
+class Hook(Closeable):
     """Saves tensors and scalars at the step at which it is handed them.
 
     A step begins with a forward of a registered module, with `step`, or with the first value after
@@ -416,17 +416,6 @@ class Hook:
         if self in _open_hooks:
             _open_hooks.remove(self)
         return None if self._run is None else self._run.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _ranks(worker: int | None, num_workers: int | None) -> tuple[int, int]:
