@@ -55,31 +55,29 @@ Empty = Callable[[int], _Bytes]
 
 @dataclass(slots=True)
 class Encoded:
-    """A payload.
+    """A payload, in parts.
 
     Attributes
     ----------
     codec
         Number of the codec (spec, "Codecs").
-    payload
-        Memory of its own, or the raw chunk that was encoded: valid as long as the caller leaves
-        that alone.
+    parts
+        Put together they are the payload. Memory of their own, or the raw chunk that was
+        encoded: valid as long as the caller leaves that alone.
+    nbytes
+        Length of the payload.
     crc32c
         Checksum of the payload.
     """
 
     codec: int
-    payload: bytes | memoryview
+    parts: tuple[bytes | memoryview, ...]
+    nbytes: int
     crc32c: int
 
-    @property
-    def nbytes(self) -> int:
-        """Length of the payload."""
-        return len(self.payload)
-
     def to_bytes(self) -> bytes:
-        """Give a copy of the payload."""
-        return bytes(self.payload)
+        """Give the payload in one piece."""
+        return b"".join(self.parts)
 
 
 def _new(nbytes: int) -> _Bytes:
@@ -95,8 +93,8 @@ class Encoder:
         ``auto`` looks for constant chunks and else stores what a sample says pays: raw,
         one zstd frame, or planes. ``zstd`` always tries zstd level 3, ``none`` stores raw.
     empty
-        Where blocks of memory for many payloads come from. What gives back memory that was
-        used before saves much of the time: fresh pages cost more than filling them.
+        Where blocks of memory come from, for planes that are stored as they are. What gives
+        memory that was used before saves much of the time: fresh pages cost more than filling them.
     """
 
     def __init__(self, compression: Compression = "auto", *, empty: Empty = _new) -> None:
@@ -169,62 +167,50 @@ class Encoder:
 
     def _encode_whole(self, raw: _Bytes, setting: int) -> Encoded:
         frame = self._zstd[setting].compress(raw.data)
-        nbytes = len(frame)
-        if nbytes >= raw.nbytes:
+        if len(frame) >= raw.nbytes:
             return _encoded(layout.CODEC_RAW, raw.data)
-        self._room(nbytes).data[:nbytes] = frame
-        return _encoded(layout.CODEC_ZSTD, self._take(nbytes))
+        return _encoded(layout.CODEC_ZSTD, frame)
 
     def _encode_planes(self, raw: _Bytes, settings: tuple[int, ...], *, rotated: bool) -> Encoded:
         w = len(settings)
         n = raw.nbytes // w
-        leading = next((i for i, setting in enumerate(settings) if setting), w)
-        begin = at = layout.PLANES_HEADER_NBYTES + 4 * w
-        room = self._room(begin + raw.nbytes)
         # Planes that are stored as they are come first, as a rule: they are cut into their place.
-        cut = [room[begin + i * n : begin + (i + 1) * n] for i in range(leading)]
+        leading = next((i for i, setting in enumerate(settings) if setting), w)
+        head = layout.PLANES_HEADER_NBYTES + 4 * w
+        first = self._room(head + leading * n)
         scratch = self._scratch_of((w - leading) * n)
+        cut = [first[at : at + n] for at in range(head, len(first), n)]
         cut += [scratch[i * n : (i + 1) * n] for i in range(w - leading)]
         planes.split(raw, cut, rotated=rotated)
-        at += leading * n
-        lengths = [n] * leading
-        view = room.data
-        for plane, setting in zip(cut[leading:], settings[leading:], strict=True):
-            stored = self._encode_plane(plane, setting)
-            end = at + len(stored)
-            if end >= raw.nbytes:
-                return _encoded(layout.CODEC_RAW, raw.data)
-            view[at:end] = stored
-            lengths.append(len(stored))
-            at = end
-        if at >= raw.nbytes:
+        stored = [
+            self._encode_plane(plane, setting)
+            for plane, setting in zip(cut[leading:], settings[leading:], strict=True)
+        ]
+        lengths = [n] * leading + [len(each) for each in stored]
+        if head + sum(lengths) >= raw.nbytes:
             return _encoded(layout.CODEC_RAW, raw.data)
         flags = layout.PLANES_ROTATED if rotated else 0
-        _PLANES_HEADS[w].pack_into(view, 0, flags, w, 0, *lengths)
-        return _encoded(layout.CODEC_PLANES, self._take(at))
+        _PLANES_HEADS[w].pack_into(first.data, 0, flags, w, 0, *lengths)
+        self._used += -(-len(first) // 64) * 64
+        return _encoded(layout.CODEC_PLANES, first.data, *stored)
 
-    def _encode_plane(self, plane: _Bytes, setting: int) -> memoryview | bytes:
+    def _encode_plane(self, plane: _Bytes, setting: int) -> bytes:
         if setting == sampling.RAW:
-            return plane.data
+            return plane.tobytes()
         if _is_constant(plane, 1):
             return plane[:1].tobytes()
         frame = self._zstd[setting].compress(plane.data)
         # A frame of just this length would be read as the plane itself.
-        return frame if len(frame) < len(plane) else plane.data
+        return frame if len(frame) < len(plane) else plane.tobytes()
 
     # --- memory -----------------------------------------------------------------
 
     def _room(self, nbytes: int) -> _Bytes:
-        """Give memory of which `_take` keeps as much as was used, from the beginning."""
+        """Give memory that is free until `_used` moves on."""
         if self._used + nbytes > len(self._block):
             # The payloads in the old one keep it alive as long as they are needed.
             self._block, self._used = self._empty(max(nbytes, _BLOCK_NBYTES)), 0
         return self._block[self._used : self._used + nbytes]
-
-    def _take(self, nbytes: int) -> memoryview:
-        taken = self._block[self._used : self._used + nbytes]
-        self._used += -(-nbytes // 64) * 64
-        return taken.data
 
     def _scratch_of(self, nbytes: int) -> _Bytes:
         if nbytes <= len(self._scratch):
@@ -251,8 +237,12 @@ def encode_delta(raw: _Bytes, *, rows: int) -> Encoded:
     return _encoded(layout.CODEC_DELTA, payload.data)
 
 
-def _encoded(codec: int, payload: bytes | memoryview) -> Encoded:
-    return Encoded(codec, payload, crc32c.crc32c(payload))
+def _encoded(codec: int, *parts: bytes | memoryview) -> Encoded:
+    nbytes = crc = 0
+    for part in parts:
+        nbytes += len(part)
+        crc = crc32c.crc32c(part, crc)
+    return Encoded(codec, parts, nbytes, crc)
 
 
 def _is_constant(raw: _Bytes, size: int) -> bool:

@@ -88,7 +88,11 @@ def _ints(values: Sequence[int]) -> bytes:
 
 def row_crc(run_id: bytes, key: layout.WriterKey, row: ShardRow) -> int:
     """Give the checksum by which a row proves what it is (spec, "Shard", row_crc)."""
-    series = row.series
+    return _with_row(_series_crc(run_id, key, row.series), row)
+
+
+def _series_crc(run_id: bytes, key: layout.WriterKey, series: Series) -> int:
+    """Give the checksum of what all rows of a series begin with."""
     name, dtype = series.name.encode(), series.dtype.encode()
     return crc32c.crc32c(
         b"".join(
@@ -104,13 +108,17 @@ def row_crc(run_id: bytes, key: layout.WriterKey, row: ShardRow) -> int:
                 struct.pack("<I", len(series.global_shape)),
                 _ints(series.global_shape),
                 _ints(series.origin),
-                _TAIL.pack(
-                    row.step, row.stride, row.count, row.chunk, row.flush, row.codec, row.flags,
-                    row.nbytes, row.raw_nbytes, row.digest, row.crc32c,
-                ),
             )
         )
+    )
+
+
+def _with_row(crc: int, row: ShardRow) -> int:
+    tail = _TAIL.pack(
+        row.step, row.stride, row.count, row.chunk, row.flush, row.codec, row.flags,
+        row.nbytes, row.raw_nbytes, row.digest, row.crc32c,
     )  # fmt: skip
+    return crc32c.crc32c(tail, crc)
 
 
 class _Scatter:
@@ -217,7 +225,13 @@ class ShardEncoder:
         self, rows: Sequence[ShardRow], offsets: np.ndarray, total: int
     ) -> pa.RecordBatch:
         series = [row.series for row in rows]
-        crcs = [row_crc(self._run_id, self.name.key, row) for row in rows]
+        # Neighbours are chunks of one tensor, as a rule.
+        crcs, before, begun = [], None, 0
+        for row in rows:
+            if row.series is not before:
+                before = row.series
+                begun = _series_crc(self._run_id, self.name.key, before)
+            crcs.append(_with_row(begun, row))
         columns: list[pa.Array] = []
         for field in SHARD_SCHEMA:
             name = field.name

@@ -302,7 +302,7 @@ class _SaveEncoder:
                     raw_nbytes=placed.raw_nbytes,
                     crc32c=placed.crc32c,
                     digest=digest or 0,
-                    parts=(encoded.payload,),
+                    parts=encoded.parts,
                 ),
                 placed,
             )

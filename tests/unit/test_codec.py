@@ -121,7 +121,7 @@ def test_none_stores_raw_without_a_copy() -> None:
     raw = np.zeros(1000, np.uint8)
     encoded = encode(raw, "float32", "none")
     assert encoded.codec == layout.CODEC_RAW
-    assert np.shares_memory(np.frombuffer(encoded.payload, np.uint8), raw)
+    assert np.shares_memory(np.frombuffer(encoded.parts[0], np.uint8), raw)
 
 
 def test_zstd_falls_back_to_raw() -> None:
