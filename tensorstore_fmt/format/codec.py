@@ -179,7 +179,7 @@ class Encoder:
         head = layout.PLANES_HEADER_NBYTES + 4 * w
         first = self._room(head + leading * n)
         scratch = self._scratch_of((w - leading) * n)
-        cut = [first[at : at + n] for at in range(head, len(first), n)]
+        cut = [first[head + i * n : head + (i + 1) * n] for i in range(leading)]
         cut += [scratch[i * n : (i + 1) * n] for i in range(w - leading)]
         planes.split(raw, cut, rotated=rotated)
         stored = [
