@@ -111,16 +111,17 @@ class OursCodec(Codec):
     environment = "ours"
 
     def __init__(self) -> None:
-        from tensorstore_fmt.format import codec
+        from tensorstore_fmt.format import codec, sampling
 
         self._codec = codec
+        self._sampling = sampling
         self._encoder = codec.Encoder()
-        self._hint = codec.Hint()
+        self._hint = sampling.Hint()
         self._out = np.empty(0, np.uint8)
 
     def begin(self) -> None:
         """Forget what chunks before have taught: another series follows."""
-        self._hint = self._codec.Hint()
+        self._hint = self._sampling.Hint()
 
     def encode(self, values: np.ndarray, dtype: str) -> OursParts:
         return OursParts(self._encoder.encode(values.view(np.uint8), dtype=dtype, hint=self._hint))
