@@ -105,7 +105,7 @@ class Cold(Case):
             found = [(ms, table.median(name, f"at_{ms}_ms_seconds")) for ms in LATENCIES_MS]
             points = [(ms, value) for ms, value in found if value is not None]
             count = table.median(name, "rounds") or 0
-            lines.append(Line(f"{name}, {count:.0f} rounds", points))
+            lines.append(Line(name, f"{name}, {count:.0f} rounds", points))
         lines.sort(key=lambda line: line.points[-1][1] if line.points else 0)
         panel = Panel("", lines, "milliseconds of latency", "seconds", "y")
         draw_panels(path, self.question, [panel])

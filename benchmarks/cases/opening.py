@@ -284,7 +284,8 @@ class Opening(Case):
                     if (value := table.median(contestant, f"{state}_{label(n)}_seconds"))
                 ]
                 if points:
-                    lines.append(Line(f"{contestant}, {state}", points, is_dashed=state == "live"))
+                    text = f"{contestant}, {state}"
+                    lines.append(Line(contestant, text, points, is_dashed=state == "live"))
         panel = Panel("", lines, "entries", "milliseconds", "xy")
         draw_panels(path, self.question, [panel])
 

@@ -18,8 +18,9 @@ _MARKERS = "osD^vP*X"
 
 @dataclass(frozen=True)
 class Line:
-    """What one contestant needed, by x."""
+    """What one contestant needed, by x; its lines share a colour."""
 
+    contestant: str
     label: str
     points: Sequence[tuple[float, float]]
     is_dashed: bool = False
@@ -47,7 +48,7 @@ def draw_panels(path: Path, title: str, panels: Sequence[Panel], *, across: int 
     rows = -(-len(panels) // columns)
     size = (max(8.0, 4.6 * columns), 3.3 * rows + 0.9)
     figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    looks = _looks([line.label for panel in panels for line in panel.lines])
+    looks = _looks([line.contestant for panel in panels for line in panel.lines])
     for axes, panel in zip(grid.flat, panels, strict=False):
         _draw(axes, panel, looks)
     for axes in list(grid.flat)[len(panels) :]:
@@ -59,31 +60,30 @@ def draw_panels(path: Path, title: str, panels: Sequence[Panel], *, across: int 
         for handle, text in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(text, handle)
     if len(handles) > 1:
+        is_one = len(panels) == 1
         figure.legend(
-            handles.values(), handles.keys(), loc="outside right upper", frameon=False, fontsize=8
+            handles.values(),
+            handles.keys(),
+            loc="outside right upper" if is_one else "outside lower center",
+            ncols=1 if is_one else 4,
+            frameon=False,
+            fontsize=8,
         )
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
-def _looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Give each label its colour and marker: ours bold, one colour for a contestant's lines."""
+def _looks(contestants: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Give each contestant its colour and marker; ours is bold."""
     looks: dict[str, dict[str, Any]] = {}
     counts = {True: 0, False: 0}
-    colours: dict[str, tuple[str, str]] = {}
-    for label in dict.fromkeys(labels):
-        contestant = label.split(",")[0]
+    for contestant in dict.fromkeys(contestants):
         is_ours = contestant.startswith("ours")
-        if contestant not in colours:
-            palette = _OURS if is_ours else _COLOURS
-            number = counts[is_ours]
-            counts[is_ours] += 1
-            marker = _MARKERS[number % len(_MARKERS)]
-            colours[contestant] = (palette[number % len(palette)], marker)
-        colour, marker = colours[contestant]
-        looks[label] = {
-            "color": colour,
-            "marker": marker,
+        palette, number = _OURS if is_ours else _COLOURS, counts[is_ours]
+        counts[is_ours] += 1
+        looks[contestant] = {
+            "color": palette[number % len(palette)],
+            "marker": _MARKERS[number % len(_MARKERS)],
             "linewidth": 2.2 if is_ours else 1.3,
             "markersize": 5 if is_ours else 4,
             "zorder": 3 if is_ours else 2,
@@ -93,7 +93,7 @@ def _looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 def _draw(axes: Any, panel: Panel, looks: dict[str, dict[str, Any]]) -> None:
     for line in panel.lines:
-        look = looks[line.label]
+        look = looks[line.contestant]
         many = len(line.points) > 40
         axes.plot(
             [x for x, _ in line.points],
@@ -107,7 +107,7 @@ def _draw(axes: Any, panel: Panel, looks: dict[str, dict[str, Any]]) -> None:
     if "y" in panel.log:
         axes.set_yscale("log")
     else:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * max(y for line in panel.lines for _, y in line.points))
     axes.set_title(panel.title, loc="left", fontsize=10, color=INK)
     axes.set_xlabel(panel.x)
     axes.set_ylabel(panel.y)
