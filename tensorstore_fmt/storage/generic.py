@@ -14,7 +14,7 @@ from fsspec.core import split_protocol, url_to_fs
 from tensorstore_fmt.errors import ArgumentError
 from tensorstore_fmt.storage.base import FileInfo, without_credentials
 from tensorstore_fmt.storage.ranged import truncated
-from tensorstore_fmt.storage.remote import ObjectStore, OpenStore, check_options
+from tensorstore_fmt.storage.remote import ObjectStore, OpenStore, WritableStore, check_options
 from tensorstore_fmt.storage.retry import TransientError
 
 
@@ -42,7 +42,7 @@ def generic_opener(url: str, options: Mapping[str, object]) -> OpenStore:
     return open_store
 
 
-class GenericStore(ObjectStore):
+class GenericStore(WritableStore):
     """Single requests through the common methods of fsspec.
 
     Put-if-absent is as good as the file system's own. The length of a file is never part of an

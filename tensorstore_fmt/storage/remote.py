@@ -41,7 +41,9 @@ _CLOSE_TIMEOUT_S: Final = 0.5
 
 
 class ObjectStore(ABC):
-    """Single requests to one place, each tried once, all awaited on fsspec's loop.
+    """Single requests to one place, which may be for reading only.
+
+    Each is tried once, and awaited on fsspec's loop.
 
     Whatever may pass is raised as `TransientError`, a missing file as `FileNotFoundError`, a
     missing bucket as `StoreNotFoundError`, a refusal as `PermissionError`.
@@ -57,27 +59,30 @@ class ObjectStore(ABC):
     async def read_prefix(self, path: str, nbytes: int) -> tuple[bytes, int | None]:
         """Get the first bytes, and the length of the file if the answer tells it."""
 
-    # Those that are for reading only have none of the following.
+    async def close(self) -> None:  # noqa: B027 - some have nothing to close
+        """Close connections."""
+
+
+class WritableStore(ObjectStore):
+    """A place that can also be listed and written to."""
+
+    @abstractmethod
     async def list_page(
         self, directory: str, token: str | None
     ) -> tuple[list[FileInfo], str | None]:
         """Get files of a directory, and a token if there are more."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def write(self, path: str, data: bytes, *, once: str | None, attempt: int) -> None:
         """Put a whole file.
 
         ``once`` is None, or a random id of this put, which then must not replace a file of
         anybody else. ``attempt`` is 0 at the first try of the same put.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     async def delete(self, paths: Sequence[str]) -> None:
         """Remove files, missing ones too."""
-        raise NotImplementedError
-
-    async def close(self) -> None:  # noqa: B027 - some have nothing to close
-        """Close connections."""
 
 
 OpenStore = Callable[[asyncio.AbstractEventLoop], ObjectStore]
@@ -93,7 +98,7 @@ class RemoteStorage(Storage):
     open_store
         Makes the store; called once in every process that uses this storage.
     can_list
-        Whether the store can list.
+        Whether that is a `WritableStore`, though the run may be opened for reading only.
     retry
         How long to go on when requests fail.
     """
@@ -166,7 +171,7 @@ class RemoteStorage(Storage):
         raise ArgumentError(f"{request!r} is not a request")
 
     async def _list(self, store: ObjectStore, directory: str) -> list[FileInfo]:
-        if not self.can_list:
+        if not isinstance(store, WritableStore):
             raise ArgumentError(f"{self.describe()} cannot be listed")
         if directory:
             check_path(directory)
@@ -198,8 +203,9 @@ class RemoteStorage(Storage):
         once = secrets.token_hex(16) if if_absent else None
 
         async def put(store: ObjectStore) -> None:
+            into = self._writable(store)
             await with_retries(
-                lambda attempt: store.write(path, data, once=once, attempt=attempt),
+                lambda attempt: into.write(path, data, once=once, attempt=attempt),
                 self.retry,
                 nbytes=len(data),
             )
@@ -214,11 +220,16 @@ class RemoteStorage(Storage):
         self._check_writable()
         doomed = [check_path(path) for path in paths]
         if doomed:
-            self._run(lambda store: self._retried(lambda: store.delete(doomed)))
+            self._run(lambda store: self._retried(lambda: self._writable(store).delete(doomed)))
 
     def _check_writable(self) -> None:
         if not self.can_write:
             raise ArgumentError(f"{self.describe()} was opened for reading only")
+
+    def _writable(self, store: ObjectStore) -> WritableStore:
+        if not isinstance(store, WritableStore):
+            raise ArgumentError(f"{self.describe()} is for reading only")
+        return store
 
     # --- the event loop -------------------------------------------------------
     async def _retried(self, attempt: Callable[[], Awaitable[T]], nbytes: int = 0) -> T:

@@ -28,7 +28,7 @@ from tensorstore_fmt.storage.ranged import (
     take_range,
     truncated,
 )
-from tensorstore_fmt.storage.remote import ObjectStore, OpenStore, check_options
+from tensorstore_fmt.storage.remote import ObjectStore, OpenStore, WritableStore, check_options
 from tensorstore_fmt.storage.retry import TransientError
 
 T = TypeVar("T")
@@ -127,7 +127,7 @@ def _parameters(kind: type) -> set[str]:
     return set(inspect.signature(kind.__init__).parameters)  # type: ignore[misc]  # a class's own
 
 
-class S3Store(ObjectStore):
+class S3Store(WritableStore):
     """Single requests to one bucket."""
 
     def __init__(self, filesystem: Any, bucket: str, root: str, where: str) -> None:  # noqa: ANN401 - untyped

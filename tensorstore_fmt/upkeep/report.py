@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias
@@ -83,7 +84,7 @@ def _count(n: int, what: str, several: str | None = None) -> str:
     return f"{n:,} {what}" if n == 1 else f"{n:,} {several or what + 's'}"
 
 
-class _Report:
+class _Report(ABC):
     """What all reports have in common."""
 
     __slots__ = ()
@@ -95,8 +96,8 @@ class _Report:
         return values
 
     @property
-    def ok(self) -> bool:
-        raise NotImplementedError
+    @abstractmethod
+    def ok(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
