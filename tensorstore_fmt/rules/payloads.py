@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from tensorstore_fmt.errors import NotThereError
+from tensorstore_fmt.errors import ArgumentError, NotThereError
 from tensorstore_fmt.format import layout
 from tensorstore_fmt.reading.assembly import assemble, choose
 from tensorstore_fmt.reading.entries import Query
@@ -57,4 +57,8 @@ def are_repeated(run: Run, series: Series, steps: NDArray[np.int64]) -> NDArray[
     try:
         return session.do(work)
     except NotThereError:  # of some steps only statistics were saved
+        return unknown
+    except ArgumentError as error:
+        if error.code != "shape_varies":  # or the dtype does
+            raise
         return unknown
