@@ -164,7 +164,8 @@ def _write_statistics(place: Path, series: int, steps: int) -> None:
     """Statistics of small tensors: those of large ones are as many."""
     import tensorstore_fmt as tsf
 
-    at, names = gradients(series, steps, (64,)), names_of(series)
+    # Smaller ones would be kept in the index themselves.
+    at, names = gradients(series, steps, (128,)), names_of(series)
     with tsf.create_run(place, stats="only", flush_interval_s=3600) as run:
         for step in range(steps):
             run.log(dict(zip(names, at(step), strict=True)), step=step)
