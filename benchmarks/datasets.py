@@ -32,6 +32,7 @@ __all__ = ["KINDS", "Kind", "Piece", "cache", "load", "load_stream", "make", "ma
 VERSION = 1  # part of the folder's name: data of another version are made anew
 SEED = 7
 QUICK_NBYTES = 3 << 19  # 1.5 MiB
+QUICK_PIECES = 6
 ALIGNMENT = 64
 
 
@@ -269,7 +270,7 @@ def _cut(store: Store) -> None:
             (piece.step, piece.name, piece.array)
             for piece in load_stream(key)
             if piece.array.nbytes < 5 << 20
-        ][:12]
+        ][:QUICK_PIECES]
         store.add_stream(key, pieces, facts["source"] + "; the first small ones")
 
 
