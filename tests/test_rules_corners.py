@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from support.rule_runs import counted, make_run, memory
 
 import tensorstore_fmt as tsf
 from tensorstore_fmt import rules
+from tensorstore_fmt.errors import ArgumentError
 from tensorstore_fmt.rules import actions
 from tensorstore_fmt.testing.writers import create_test_run
 
@@ -66,6 +68,22 @@ def test_weights_of_which_only_statistics_are_there() -> None:
             run.log(weights, step=step, mode="TRAIN")
     assert found(url, rules.PoorInitialisation()) == []
     assert found(url, rules.UnchangedTensor()) == [("a.weight", 2), ("b.weight", 2)]
+
+
+def test_parts_that_stay_as_they_are() -> None:
+    """Of what several workers hold, the index does not show whether it is the same."""
+    whole = np.random.default_rng(0).standard_normal((40, 50))
+    url = memory()
+    writers = [create_test_run(url, worker=worker, num_workers=2) for worker in (0, 1)]
+    for step in range(5):
+        for worker, writer in enumerate(writers):
+            mine = whole[20 * worker : 20 * worker + 20] + (0 if step else 1)
+            part = tsf.Part(value=mine, global_shape=(40, 50), origin=(20 * worker, 0))
+            writer.log({"w": part}, step=step)
+    for writer in writers:
+        writer.close()
+    report = rules.evaluate(url, [rules.UnchangedTensor()], record=False)
+    assert [(f.series, f.step, f.worker) for f in report.findings] == [("w", 3, None)]
 
 
 def test_predictions_without_labels() -> None:
@@ -146,6 +164,55 @@ def test_companions_without_alerts() -> None:
         rules.evaluate(url, [rules.ExplodingTensor()])
         assert rules.alerts(run) == []
         assert [each.steps for each in rules.evaluations(run)] == [4]
+
+
+def test_a_rule_that_fails_while_nothing_comes() -> None:
+    """Its companion run tells of the failure, and of no step."""
+
+    class Impatient(rules.Rule):
+        def invoke_when_quiet(self, now: float) -> Any:
+            raise ValueError("made to fail")
+
+    url = memory()
+    with create_test_run(url) as writer:
+        writer.log({"x": 1.0}, step=0)
+        writer.flush()
+        with tsf.open_run(url) as run:
+            with rules.Runner(run, [Impatient()]) as runner:
+                runner.look_at_clock()
+                runner.look_at_clock()  # not within a second
+            assert str(runner.report.failures["impatient"]) == "made to fail"
+            assert rules.evaluations(run) == []
+            assert rules.alerts(run) == []
+
+
+def test_a_run_that_nobody_has_begun_cannot_be_stopped(tmp_path: Path) -> None:
+    tsf.create_run(tmp_path / "run").close()
+    for path in (tmp_path / "run").rglob("*"):
+        if path.is_file() and path.name != "run.json":
+            path.unlink()
+    with pytest.raises(ArgumentError, match="attempt"):
+        rules.request_stop(tmp_path / "run", "enough")
+
+
+def test_a_store_that_goes_on_failing_is_warned_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = make_run(range(1), url=str(tmp_path / "run"), w=float)
+    (tmp_path / "run" / "stop").write_text("in the way")
+    looks = 0
+    with rules.StopWatcher(url, attempt=0, poll_s=0.002) as watcher:
+        look = watcher._look
+
+        def counted_look() -> None:
+            nonlocal looks
+            looks += 1
+            look()
+
+        watcher._look = counted_look  # type: ignore[method-assign]
+        while looks < 5:
+            assert not watcher.should_stop(0)
+    assert caplog.text.count("cannot look for requests") == 1
 
 
 def test_a_webhook_that_is_too_slow_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
