@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from peers.layout import by_step
 from suite.contestant import Codec, Item, Parts, Reader, Series, Store
 from suite.scalars import ScalarStore
 
@@ -90,6 +91,20 @@ class OursBare(Ours):
     settings = "compression='none', stats=False"
     compresses = False
     options: ClassVar = {"compression": "none", "stats": False}
+
+
+class OursSteps(Ours):
+    """All of a step in one call of log, as a training has it."""
+
+    name = "ours-steps"
+    settings = "as ours, but one call of log for all tensors of a step"
+
+    def write(self, place: str | Path, series: Sequence[Series], items: Iterable[Item]) -> None:
+        import tensorstore_fmt as tsf
+
+        with tsf.create_run(place, **self.options) as run:
+            for step, tensors in by_step(items):
+                run.log(tensors, step=step)
 
 
 class OursMapped(Ours):
