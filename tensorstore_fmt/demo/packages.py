@@ -19,8 +19,10 @@ def are_there(modules: Sequence[str], *, extra: str) -> bool:
     """
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
+        *others, last = missing
+        names = f"{', '.join(others)} and {last}" if others else last
         print(
-            f"the demo needs {' and '.join(missing)}: pip install 'tensorstore-fmt[{extra}]'",
+            f"the demo needs {names}: pip install 'tensorstore-fmt[{extra}]'",
             file=sys.stderr,
         )
     return not missing
