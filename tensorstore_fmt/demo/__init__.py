@@ -7,7 +7,7 @@ from typing import Final
 
 __all__ = ["DEFAULT", "NAMES"]
 
-NAMES: Final = ("digits",)
+NAMES: Final = ("attention", "digits")
 """The demonstrations, each a package here. Importing this imports none of them."""
 
 DEFAULT: Final = "digits"
