@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-__all__ = ["fixed", "numbers", "texts"]
+__all__ = ["fixed", "has_columns", "has_nulls", "numbers", "texts"]
 
 
 def fixed(values: Sequence[int] | np.ndarray, kind: pa.DataType) -> pa.Array:
@@ -37,3 +37,22 @@ def numbers(column: pa.Array) -> np.ndarray:
         return np.empty(0, dtype)
     # Counted: a buffer in a file may be longer, and by no whole number of elements.
     return np.frombuffer(data, dtype, column.offset + len(column))[column.offset :]
+
+
+def has_columns(found: pa.Schema, wanted: pa.Schema) -> bool:
+    """Say whether columns have these names and types, whatever may be null in them."""
+    return found.names == wanted.names and all(
+        _bare(a) == _bare(b) for a, b in zip(found.types, wanted.types, strict=True)
+    )
+
+
+def _bare(kind: pa.DataType) -> pa.DataType:
+    return pa.list_(_bare(kind.value_type)) if pa.types.is_list(kind) else kind
+
+
+def has_nulls(batch: pa.RecordBatch) -> bool:
+    """Say whether anything is null, also within lists."""
+    return any(
+        column.null_count or (pa.types.is_list(column.type) and column.values.null_count)
+        for column in batch.columns
+    )

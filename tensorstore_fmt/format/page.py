@@ -17,7 +17,7 @@ import zstandard
 from tensorstore_fmt.errors import ChecksumError, FormatError, LimitError, TruncatedError
 from tensorstore_fmt.format import layout
 from tensorstore_fmt.format.arrow_stream import check_stream
-from tensorstore_fmt.format.columns import fixed, numbers
+from tensorstore_fmt.format.columns import fixed, has_columns, has_nulls, numbers
 from tensorstore_fmt.format.ragged import Ragged
 
 __all__ = [
@@ -273,8 +273,7 @@ def load_page(
     raw = check_stream(raw)
     try:
         with pa.ipc.open_stream(raw) as reader:
-            found_schema = reader.schema
-            if found_schema.names != schema.names or found_schema.types != schema.types:
+            if not has_columns(reader.schema, schema):
                 raise FormatError(f"{where}: a page has other columns than the spec's")
             batch = reader.read_next_batch()
             batch.validate(full=True)
@@ -283,7 +282,7 @@ def load_page(
         raise FormatError(f"{where}: a page is no Arrow stream: {error}") from None
     if batch.num_rows != rows:
         raise FormatError(f"{where}: a page has {batch.num_rows} rows, not {rows}")
-    if any(column.null_count for column in batch.columns):
+    if has_nulls(batch):
         raise FormatError(f"{where}: a page has nulls")
     return batch
 

@@ -8,6 +8,7 @@ import crc32c
 import numpy as np
 from numpy.typing import NDArray
 
+from tensorstore_fmt import dtypes
 from tensorstore_fmt.errors import ChecksumError, FormatError
 from tensorstore_fmt.format import codec, layout
 from tensorstore_fmt.format.catalog import Series
@@ -114,6 +115,7 @@ def gather_rows(
     coding = rows["codec"]
     is_single = (rows["flags"] & layout.ENTRY_REPEAT) != 0
     is_element = (coding == layout.CODEC_CONSTANT) & (rows["nbytes"] == nbytes)
+    is_element &= nbytes == dtypes.itemsize(series.dtype)  # else that says nothing
     is_plain = (coding == layout.CODEC_RAW) | is_element
     values, starts = entries.inline.values, entries.inline.offsets[:-1][used]
     if (rows["nbytes"] != rows["raw_nbytes"])[coding == layout.CODEC_RAW].any():

@@ -26,6 +26,7 @@ import pyarrow.ipc
 
 from tensorstore_fmt.format import layout
 from tensorstore_fmt.format.catalog import Series
+from tensorstore_fmt.format.columns import has_columns, has_nulls
 from tensorstore_fmt.format.shard import SHARD_SCHEMA, ShardRow, row_crc
 from tensorstore_fmt.upkeep import arrow_file
 
@@ -61,7 +62,7 @@ class _Checker:
         )
         self._schema = SHARD_SCHEMA  # rows prove what they are, also if the schema cannot be read
         schema = self._schema = pa.ipc.read_schema(pa.py_buffer(data))
-        if schema.names != SHARD_SCHEMA.names or schema.types != SHARD_SCHEMA.types:
+        if not has_columns(schema, SHARD_SCHEMA):
             return {"code": "malformed", "what": "other columns than those of the spec"}, b""
         try:
             about = json.loads((schema.metadata or {})[layout.FORMAT_NAME.encode()])
@@ -81,7 +82,7 @@ class _Checker:
     def _read_batch(self, data: bytes) -> pa.RecordBatch:
         batch = pa.ipc.read_record_batch(pa.ipc.read_message(pa.py_buffer(data)), self._schema)
         batch.validate(full=True)
-        if any(column.null_count for column in batch.columns):
+        if has_nulls(batch):
             raise ValueError("it has nulls")
         return batch
 

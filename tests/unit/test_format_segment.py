@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import crc32c
@@ -274,6 +275,34 @@ def test_entry_pages_of_a_series(tmp_path: Path) -> None:
 
 
 # --- pages --------------------------------------------------------------------------------
+
+
+def with_dims(data: bytes, dims: pa.Array) -> tuple[segment.Head, bytes]:
+    """Give a head, and its entry page with another column of lengths."""
+    head = segment.decode_head(header_of(data), data)
+    row = head.root[2]
+    stored = data[int(row["offset"]) : int(row["offset"]) + int(row["nbytes"])]
+    batch = page.load_page(stored, row, page.ENTRIES_SCHEMA, "x")
+    at = batch.schema.get_field_index("dims")
+    made = page.store_page(batch.set_column(at, "dims", dims), layout.PAGE_ENTRIES)
+    root = head.root.copy()
+    root[2]["nbytes"], root[2]["raw_nbytes"] = len(made.data), made.raw_nbytes
+    root[2]["crc32c"] = crc32c.crc32c(made.data)
+    return replace(head, root=root), made.data
+
+
+def test_whether_something_may_be_null_does_not_matter(data: bytes) -> None:
+    rows = int(segment.decode_head(header_of(data), data).root[2]["rows"])
+    kind = pa.list_(pa.field("length", pa.int64(), nullable=False))
+    head, stored = with_dims(data, pa.array([[]] * rows, kind))
+    assert len(head.decode_entries(2, stored)) == rows
+
+
+def test_a_null_within_a_list_is_refused(data: bytes) -> None:
+    rows = int(segment.decode_head(header_of(data), data).root[2]["rows"])
+    head, stored = with_dims(data, pa.array([[None]] + [[]] * (rows - 1), pa.list_(pa.int64())))
+    with pytest.raises(FormatError, match="nulls"):
+        head.decode_entries(2, stored)
 
 
 def test_a_page_that_would_be_too_large_is_not_made() -> None:

@@ -47,6 +47,13 @@ def test_a_wrong_checksum_of_an_inline_value(build: RunBuilder, n: int, length: 
     assert caught.value.facts["step"] == 3 * (n - 1)
 
 
+def test_a_constant_of_several_elements_is_refused(build: RunBuilder) -> None:
+    change = {"codec": layout.CODEC_CONSTANT}
+    build.writer().flush(Put(value=np.arange(4.0), inline=True, change=change))
+    with pytest.raises(FormatError):
+        open_run(build.url)["x"].read(step=0)
+
+
 def test_inline_payloads_of_all_codecs_together(build: RunBuilder) -> None:
     a = np.arange(12, dtype=np.int64).reshape(6, 2)
     build.writer().flush(

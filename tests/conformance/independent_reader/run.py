@@ -16,7 +16,7 @@ from .grid import Index, as_slice, chunk_box, count_chunks, pick, selection, shi
 from .limits import DTYPES, MAX_INLINE_NBYTES, NO_SHARD, Array
 from .opening import Opener, Writer
 from .records import Entry
-from .segment import Segment, check_use
+from .segment import Segment, check_part, check_use
 from .statistics import compute_stats, merge_stats
 from .visible import Question, Saved, SavedRow, Visible
 
@@ -211,14 +211,15 @@ class Run:
     def _box(self, found: Saved, ranges: list[range]) -> Array:
         """Read a selection of one saved tensor, chunk by chunk."""
         shape, grid = found.shape, found.series.grid
-        count = count_chunks(shape, grid)
-        entries = [entry for entry in found.entries if entry.chunk < count]
-        for entry in entries:
+        check_part(found.series, shape)
+        result = np.empty([len(r) for r in ranges], DTYPES[found.series.dtype])
+        if not result.size:
+            return result  # no chunk is touched
+        for entry in found.entries:
             check_use(found.series, entry)
         # Each number is below the count and stands once, so the length says all.
-        need(len(entries) == count, "chunks are missing")
-        result = np.empty([len(r) for r in ranges], DTYPES[found.series.dtype])
-        for entry in entries if result.size else ():
+        need(len(found.entries) == count_chunks(shape, grid), "chunks are missing")
+        for entry in found.entries:
             box = chunk_box(shape, grid, entry.chunk)
             picked = [pick(r, a, b) for r, (a, b) in zip(ranges, box, strict=True)]
             if all(picked):

@@ -127,7 +127,7 @@ def read_head(
     for shard in segment.shards:
         need(max(shard[:2]) <= MAX_WORKER, "worker of a shard", "limit")
         need(shard.number <= MAX_NUMBER, "number of a shard", "limit")
-        need(min(shard) >= 0, "shard row")
+        need(min(shard) >= 0 and shard.writer, "shard row")
     ascending = all(a[:4] < b[:4] for a, b in itertools.pairwise(segment.shards))
     need(ascending, "order of the shards")
     return segment
@@ -214,6 +214,18 @@ def _check_entry(segment: Segment, e: Entry) -> None:
         need(e.shard == NO_SHARD and not any(empty), "an entry of dropped steps")
 
 
+def check_part(series: Series, shape: list[int]) -> None:
+    """A part lies within its global tensor ("2. Terms")."""
+    if series.kind == 0 and series.part:
+        for at, length, whole in zip(series.origin, shape, series.global_shape, strict=True):
+            need(at + length <= whole, "part outside of its global tensor")
+
+
+def is_in_grid(series: Series, e: Entry) -> bool:
+    """Say whether the grid has the chunk; others are not looked for ("6.3")."""
+    return e.codec == DROPPED or e.chunk < count_chunks(full_shape(series, e), series.grid)
+
+
 def check_use(series: Series, e: Entry) -> None:
     """Check what makes no page damaged, but what is read with it malformed ("6.3", section 7)."""
     if e.codec == DROPPED:
@@ -223,10 +235,8 @@ def check_use(series: Series, e: Entry) -> None:
         fixed = ("float64", [10]) if series.kind == 1 else ("int64", [2])
         is_fixed = (series.dtype, series.shape) == fixed and series.grid == [0]
         need(is_fixed and (series.kind == 1 or not series.part), "statistics or step table")
-    elif series.part:
-        for at, length, whole in zip(series.origin, shape, series.global_shape, strict=True):
-            need(at + length <= whole, "part outside of its global tensor")
-    need(e.chunk < count_chunks(shape, series.grid), "chunk outside of the grid")
+    check_part(series, shape)
+    need(is_in_grid(series, e), "chunk outside of the grid")
     box = chunk_box(shape, series.grid, e.chunk)
     elements = e.rows * math.prod(b - a for a, b in box)
     if series.dtype == "string":

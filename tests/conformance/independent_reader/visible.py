@@ -10,7 +10,7 @@ from .errors import need
 from .limits import DROPPED, MAX_STEP
 from .opening import Writer
 from .records import Entry, Part, Series, full_shape
-from .segment import EntryPage, Segment
+from .segment import EntryPage, Segment, is_in_grid
 
 
 @dataclass(frozen=True)
@@ -114,13 +114,14 @@ class Visible:
         if page.error is not None and asked.worker in (None, writer.worker):
             raise page.error
         for entry in page.entries:
-            if not asked.means(segment.series[entry.series]):
+            row_of = segment.series[entry.series]
+            if not asked.means(row_of) or not is_in_grid(row_of, entry):
                 continue
             if asked.step is None:
                 steps: Iterable[int] = range(entry.step, entry.last_step + 1, entry.stride)
             else:
                 steps = (asked.step,) if entry.covers(asked.step) else ()
-            yield (writer, segment, entry), segment.series[entry.series], steps
+            yield (writer, segment, entry), row_of, steps
 
     def hidden_from(self, attempt: int) -> int:
         """Give the first step that later attempts hide of this one (rule 2)."""
