@@ -12,7 +12,7 @@ __all__ = ["demo"]
 
 def demo(arguments: Namespace, output: Output) -> int:
     """Give the demonstration that was chosen."""
-    play = {"attention": _attention, "digits": _digits}[arguments.demo]
+    play = {"attention": _attention, "curves": _curves, "digits": _digits}[arguments.demo]
     return play(arguments, output)
 
 
@@ -24,6 +24,24 @@ def _digits(arguments: Namespace, output: Output) -> int:
         steps=arguments.steps,
         save_every=arguments.save_every,
         seed=arguments.seed,
+        storage_options=storage_options(arguments),
+        pictures=arguments.pictures,
+        quiet=arguments.quiet,
+        as_json=output.is_json,
+    )
+
+
+def _curves(arguments: Namespace, output: Output) -> int:
+    from tensorstore_fmt.demo import curves  # NumPy and other processes, for this one only
+
+    rates = arguments.learning_rates
+    return curves.run_demo(
+        arguments.url,
+        learning_rates=curves.LEARNING_RATES if rates is None else rates,
+        steps=arguments.steps,
+        save_every=arguments.save_every,
+        seed=arguments.seed,
+        stop=not arguments.no_stop,
         storage_options=storage_options(arguments),
         pictures=arguments.pictures,
         quiet=arguments.quiet,

@@ -7,7 +7,7 @@ NAME is never taken for a folder.
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 
 from tensorstore_fmt.cli.failures import UsageError
@@ -59,6 +59,14 @@ def add_demonstrations(demo: ArgumentParser, common: ArgumentParser) -> None:
     )
     _add_attention(attention)
 
+    curves = add(
+        "curves",
+        "compare trainings while they run; a rule stops the one whose loss diverges",
+        folder="./tensorstore-curves",
+        needs="Needs scikit-learn and matplotlib: pip install 'tensorstore-fmt[demo]'",
+    )
+    _add_curves(curves)
+
 
 def _add_digits(parser: ArgumentParser) -> None:
     parser.add_argument("--steps", metavar="N", type=int, default=300, help="to train (300)")
@@ -66,6 +74,30 @@ def _add_digits(parser: ArgumentParser) -> None:
         "--save-every", metavar="N", type=int, default=10, help="log tensors every N steps (10)"
     )
     parser.add_argument("--pictures", metavar="DIR", help="folder for the pictures")
+
+
+def _add_curves(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--learning-rates",
+        metavar="A,B,…",
+        type=_rates,
+        help="one training each (0.02,0.2,2, of which the last is too large)",
+    )
+    parser.add_argument("--steps", metavar="N", type=int, default=300, help="to train (300)")
+    parser.add_argument(
+        "--save-every", metavar="N", type=int, default=10, help="log tensors every N steps (10)"
+    )
+    parser.add_argument(
+        "--no-stop", action="store_true", help="let a training go on when a rule fires"
+    )
+    parser.add_argument("--pictures", metavar="DIR", help="folder for pictures and page")
+
+
+def _rates(text: str) -> list[float]:
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError:
+        raise ArgumentTypeError(f"{text!r} is no list of numbers, as in 0.02,0.2,2") from None
 
 
 def _add_attention(parser: ArgumentParser) -> None:

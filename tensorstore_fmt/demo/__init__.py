@@ -7,7 +7,7 @@ from typing import Final
 
 __all__ = ["DEFAULT", "NAMES"]
 
-NAMES: Final = ("attention", "digits")
+NAMES: Final = ("attention", "curves", "digits")
 """The demonstrations, each a package here. Importing this imports none of them."""
 
 DEFAULT: Final = "digits"
