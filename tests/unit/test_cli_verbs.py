@@ -378,7 +378,7 @@ def test_demo_gets_its_options(command: Command, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("digit",), "there is no demonstration 'digit'; did you mean digits? names: attention curves digits"),
+        (("digit",), "there is no demonstration 'digit'; did you mean digits? names: attention"),
         (("place",), "there is no demonstration 'place'; names: attention curves digits"),
         (("--seed", "3", "digits"), "write first: demo digits"),
         (("digits", "--speed", "3"), "does not know '--speed'"),
