@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from compat.make_golden import GOLDEN, MANIFEST, RUNS, checksums
 from conformance.independent_reader import open_run as open_independently
+from support.editing import SegmentEditor, run_json
 from support.goals import record
-from support.mutate import SegmentEditor, run_json
 
 import tensorstore_fmt as tsf
 from tensorstore_fmt.errors import StepDroppedError, UnsupportedError

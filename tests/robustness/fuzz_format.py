@@ -31,18 +31,16 @@ from conformance.independent_reader import Run as IndependentRun
 from conformance.independent_reader import SpecError
 from conformance.independent_reader import open_run as open_independently
 from robustness.fuzz_corpus import by_hand, codecs, parts, unbundled
-from support.memory import peak_kib
-from support.mutate import (
+from support.editing import (
     NUMBERS_OF_HEADER,
     NUMBERS_OF_ROOT,
-    Files,
     SegmentEditor,
     mended_bundle,
-    opened,
     run_json,
-    save,
     wrapped,
 )
+from support.memory import peak_kib
+from support.mutate import Files, opened, save
 
 from tensorstore_fmt import dtypes
 from tensorstore_fmt.errors import TensorStoreError

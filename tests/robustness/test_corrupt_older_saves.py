@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from robustness.fuzz_corpus import by_hand, copied
 from support.build_run import Put, RunBuilder
-from support.mutate import Files, SegmentEditor, load, opened
+from support.editing import SegmentEditor
+from support.mutate import Files, load, opened
 
 from tensorstore_fmt.errors import FormatError
 from tensorstore_fmt.format import layout

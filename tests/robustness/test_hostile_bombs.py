@@ -25,9 +25,10 @@ import zstandard
 from robustness.fuzz_corpus import by_hand
 from robustness.fuzz_format import limit_memory
 from support.build_run import Put, RunBuilder
+from support.editing import SegmentEditor, run_json
 from support.goals import record
 from support.memory import peak_kib
-from support.mutate import Files, SegmentEditor, opened, run_json, save
+from support.mutate import Files, opened, save
 
 import tensorstore_fmt as tsf
 from tensorstore_fmt.errors import TensorStoreError

@@ -23,17 +23,16 @@ import pyarrow as pa
 from robustness.fuzz_corpus import by_hand, codecs
 from robustness.fuzz_format import limit_memory, use
 from support.build_run import Put, RunBuilder
-from support.goals import record
-from support.memory import peak_kib
-from support.mutate import (
+from support.editing import (
     NUMBERS_OF_HEADER,
     NUMBERS_OF_ROOT,
-    Files,
     SegmentEditor,
-    load,
     mended_bundle,
     run_json,
 )
+from support.goals import record
+from support.memory import peak_kib
+from support.mutate import Files, load
 
 from tensorstore_fmt.format import layout
 

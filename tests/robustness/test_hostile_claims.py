@@ -14,7 +14,8 @@ import pyarrow as pa
 import pytest
 from robustness.fuzz_corpus import by_hand
 from support.build_run import Put, RunBuilder
-from support.mutate import SegmentEditor, opened
+from support.editing import SegmentEditor
+from support.mutate import opened
 
 import tensorstore_fmt as tsf
 from tensorstore_fmt.errors import FormatError, LimitError

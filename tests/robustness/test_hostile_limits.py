@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 from robustness.fuzz_corpus import by_hand, copied
+from support.editing import SegmentEditor, mended_bundle
 from support.goals import record
-from support.mutate import SPEC, Files, SegmentEditor, mended_bundle, opened
+from support.mutate import SPEC, Files, opened
 
 import tensorstore_fmt as tsf
 from tensorstore_fmt.errors import LimitError, TensorStoreError

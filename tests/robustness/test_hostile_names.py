@@ -23,8 +23,9 @@ import pytest
 from pyarrow import parquet
 from robustness.fuzz_corpus import by_hand
 from support.build_run import Put, RunBuilder
+from support.editing import run_json
 from support.goals import record
-from support.mutate import run_json, save
+from support.mutate import save
 
 import tensorstore_fmt as tsf
 from tensorstore_fmt.cli import main

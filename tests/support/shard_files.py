@@ -101,3 +101,11 @@ def hand_made_batch(rows: Sequence[tuple[ShardRow, bytes]], **columns: Any) -> b
     batch = pa.RecordBatch.from_arrays(arrays, schema=SHARD_SCHEMA)
     made: bytes = batch.serialize().to_pybytes()
     return made
+
+
+ROWS = [[shard_row(bytes([n]) * 100, step=n, flush=n)] for n in range(3)]
+SEALED = shard_bytes(*ROWS)
+OPEN = shard_bytes(*ROWS, sealed=False)
+FRAME = frame_of(SEALED)
+AT = [block.offset for block in FRAME.batches]
+SCHEMA = SEALED[8 : FRAME.batches[0].offset]

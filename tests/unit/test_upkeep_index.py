@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,6 @@ from tensorstore_fmt.storage import Storage, open_storage
 from tensorstore_fmt.testing.storage import FaultyStorage, Operation
 from tensorstore_fmt.upkeep import inventory, verify, verifying
 from tensorstore_fmt.upkeep.boxes import Boxes
-from tensorstore_fmt.upkeep.report import (
-    Action,
-    CompactReport,
-    Lost,
-    Problem,
-    RecoverReport,
-    VerifyReport,
-)
 
 ROW = np.zeros(1, page.ENTRY_ROW)[0]
 
@@ -553,81 +545,3 @@ def test_a_copy_whose_segment_vanishes_while_they_are_compared(build: RunBuilder
 
 def replace_nbytes(file: Any, nbytes: int) -> Any:
     return verifying.SegmentFile(file.storage, file.name, nbytes)
-
-
-# --- pure functions of the inventory --------------------------------------------------------
-
-
-def named(first: int, last: int, writer: int = 1) -> layout.SegmentName:
-    key = layout.WriterKey(worker=0, attempt=0, writer=writer)
-    return layout.SegmentName(key=key, last=last, count=last - first + 1)
-
-
-@pytest.mark.parametrize(
-    ("ranges", "first", "last", "gaps"),
-    [
-        ([], 0, -1, []),
-        ([], 0, 3, [(0, 3)]),
-        ([(0, 3)], 0, 3, []),
-        ([(1, 1), (3, 4)], 0, 6, [(0, 0), (2, 2), (5, 6)]),
-        ([(4, 9)], 0, 2, [(0, 2)]),
-        ([(0, 5), (2, 3)], 0, 5, []),
-    ],
-)
-def test_gaps(ranges: Sequence[tuple[int, int]], first: int, last: int, gaps: Any) -> None:
-    assert inventory.gaps([named(a, b) for a, b in ranges], first, last) == gaps
-
-
-def test_who_is_closed() -> None:
-    def header(writer: int, *, closed: bool, recovers: int = 0, worker: int = 0) -> segment.Header:
-        return segment.Header(
-            run_id=RUN_ID, key=layout.WriterKey(worker=worker, attempt=0, writer=writer),
-            num_workers=2, resume_step=0, first_flush=0, last_flush=0, opened_us=0, published_us=0,
-            is_closed=closed, recovers=recovers,
-        )  # fmt: skip
-
-    assert not inventory.is_run_closed([])
-    one, other = header(1, closed=False), header(5, closed=True, worker=1)
-    assert not inventory.is_run_closed([one, other])
-    chain = [one, header(2, closed=False, recovers=1), header(3, closed=True, recovers=2)]
-    assert inventory.is_run_closed([*chain, other])
-    assert not inventory.is_run_closed(chain)
-    assert inventory.is_known_loss([]) is None
-
-
-# --- reports ---------------------------------------------------------------------------------
-
-
-def test_reports_stay_short() -> None:
-    many = tuple((f"n{n}", tuple(range(30))) for n in range(25))
-    text = str(Problem(code="checksum", severity="damage", file="f", what="w", names=many))
-    assert "5 more names" in text
-    verified = VerifyReport(
-        url="u", problems=(), segments=1, shards=2, entries=3, chunks=1, nbytes=5_000_000,
-        unreferenced_nbytes=1_500_000,
-    )  # fmt: skip
-    assert "1 segment, 2 shards, 3 entries, 1 chunk, 5.0 MB (1.5 MB of payload" in str(verified)
-    assert "f at 1,000: w" in str(
-        Problem(code="c", severity="note", file="f", offset=1000, what="w")
-    )
-    assert "18 more" in text
-    assert "steps unknown" in str(
-        Problem(code="c", severity="note", file=None, what="w", names=(("a", ()),))
-    )
-    left = tuple(f"l{n}" for n in range(25))
-    lost = Lost(name="a", mode="EVAL", kind="statistics", steps=(1,), what="w")
-    report = RecoverReport(
-        url="u", dry_run=False, actions=(Action(kind="close", file="f", what="w"),) * 25,
-        lost=(Lost(name=None, what="all"), lost), left=left, restored_entries=0, is_closed=False,
-    )  # fmt: skip
-    text = str(report)
-    assert text.count("5 more") == 2
-    assert "EVAL" in text
-    assert "statistics" in text
-    assert not report.ok
-    compacted = CompactReport(
-        url="u", segments_before=2, segments_after=1, nbytes_before=2, nbytes_after=1,
-        has_bundle=True, left=left,
-    )  # fmt: skip
-    assert "5 more" in str(compacted)
-    assert compacted.as_dict()["ok"] is False
