@@ -13,7 +13,7 @@ import numpy as np
 
 import datasets
 from peers.ours import OursScalars
-from peers.scalars import ParquetScalars, TensorBoardEvents, TensorBoardTorch
+from peers.scalars import ParquetScalars, TensorBoardEvents, TensorBoardTorch, TensorBoardX
 from suite.case import Case, Figures, Place, Table, Verdict, tree_nbytes
 from suite.contestant import Contestant
 from suite.scalars import ScalarStore
@@ -62,7 +62,7 @@ class Writing(Case):
     least_is_best = False
 
     def contestants(self) -> Sequence[type[Contestant]]:
-        return [OursScalars, TensorBoardEvents, TensorBoardTorch, ParquetScalars]
+        return [OursScalars, TensorBoardEvents, TensorBoardX, TensorBoardTorch, ParquetScalars]
 
     def trial(self, contestant: Contestant, place: Place) -> Figures:
         assert isinstance(contestant, ScalarStore)

@@ -43,10 +43,7 @@ SHAPES = (
     Series("small", (8, 128), "float32", MANY),
     Series("norm", (), "float64", MANY),
 )
-SCALARS = (Series("loss", (), "float32", STEPS), Series("train/accuracy", (), "float32", STEPS))
 PARTS: dict[str, list[tuple]] = {
-    "loss": [()],
-    "train/accuracy": [()],
     "encoder.0/attention": [(2, 3, slice(0, 20), slice(0, 20)), (slice(None), 1), (0, 0, 0, 0)],
     "odd": [(1, slice(1, 4), slice(3, 115), slice(100, 117)), (0, 4)],
     "weights": [(17,), (slice(None), 5), (slice(10, 200), slice(600, 700))],
@@ -80,15 +77,14 @@ def tensors(series: Series) -> list[np.ndarray]:
 
 def check(store: Store, folder: Path) -> dict:
     """Write and read; give what went wrong, with the seconds and the bytes it took."""
-    shapes = SHAPES if getattr(store, "takes_tensors", True) else SCALARS
-    data = {s.name: tensors(s) for s in shapes}
+    data = {s.name: tensors(s) for s in SHAPES}
     items = [
-        (step, s.name, data[s.name][step]) for step in range(MANY) for s in shapes if step < s.steps
+        (step, s.name, data[s.name][step]) for step in range(MANY) for s in SHAPES if step < s.steps
     ]
     begin = time.perf_counter()
-    store.write(folder, shapes, items)
+    store.write(folder, SHAPES, items)
     written = time.perf_counter()
-    reader = store.reader(folder, shapes)
+    reader = store.reader(folder, SHAPES)
     wrong = []
     for name, steps in data.items():
         for step, values in enumerate(steps):
@@ -137,7 +133,7 @@ def main() -> int:
             print(json.dumps(check(known.store(given.names[0])(), Path(scratch) / "run")))
         return 0
     pythons, failed = Pythons(given.folder), 0
-    for store in known.stores() + known.scalar_stores():
+    for store in known.stores():
         if given.names and store.name not in given.names:
             continue
         found = pythons.find(store)

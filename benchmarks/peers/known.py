@@ -30,19 +30,13 @@ def _all(base: type[_C]) -> list[type[_C]]:
 def stores(
     *, compresses: bool | None = None, reads_parts: bool | None = None, takes_s3: bool | None = None
 ) -> list[type[Store]]:
-    """Give the stores of tensors other than ours with these abilities; None: either."""
+    """Give the stores other than ours with these abilities; None: either."""
     wanted = {"compresses": compresses, "reads_parts": reads_parts, "takes_s3": takes_s3}
     return [
         store
         for store in _all(Store)
-        if getattr(store, "takes_tensors", True)
-        and all(value is None or getattr(store, key) == value for key, value in wanted.items())
+        if all(value is None or getattr(store, key) == value for key, value in wanted.items())
     ]
-
-
-def scalar_stores() -> list[type[Store]]:
-    """Give the stores that take scalars alone."""
-    return [store for store in _all(Store) if not getattr(store, "takes_tensors", True)]
 
 
 def codecs() -> list[type[Codec]]:
