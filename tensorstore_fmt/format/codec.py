@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -147,7 +147,7 @@ class Encoder:
         w = dtypes.word_nbytes(dtype)
         choice = None if hint is None else hint.usable(raw.nbytes, w)
         if choice is None:
-            choice = self._choose(raw, dtype)
+            choice = self._choose(raw, dtype, () if hint is None else hint.earlier)
             if hint is not None:
                 hint.learn(choice)
         encoded = self._follow(raw, choice)
@@ -155,8 +155,10 @@ class Encoder:
             hint.note(raw.nbytes, encoded.nbytes)
         return encoded
 
-    def _choose(self, raw: _Bytes, dtype: str) -> sampling.Choice:
-        return sampling.choose(raw, dtype, self._zstd)
+    def _choose(
+        self, raw: _Bytes, dtype: str, earlier: Sequence[sampling.Sample]
+    ) -> sampling.Choice:
+        return sampling.choose(raw, dtype, self._zstd, earlier)
 
     def _follow(self, raw: _Bytes, choice: sampling.Choice) -> Encoded:
         if choice.codec == layout.CODEC_PLANES:

@@ -6,7 +6,7 @@ them on a sample; a `Hint` remembers for a series what was chosen.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tensorstore_fmt import dtypes
 from tensorstore_fmt.format import layout, planes
 
-__all__ = ["LEVEL_3", "RAW", "Choice", "Compressors", "Hint", "choose", "compressors"]
+__all__ = ["LEVEL_3", "RAW", "Choice", "Compressors", "Hint", "Sample", "choose", "compressors"]
 
 _Bytes = NDArray[np.uint8]
 
@@ -29,6 +29,7 @@ RAW: Final = 0
 _ENTROPY: Final = 1  # zstd for exponents: nothing to match, only entropy
 _LEVEL_1: Final = 2
 LEVEL_3: Final = 3
+_LEVEL_6: Final = 4
 
 _ENTROPY_PARAMETERS: Final = zstandard.ZstdCompressionParameters(
     strategy=zstandard.STRATEGY_FAST,
@@ -47,35 +48,48 @@ def compressors() -> Compressors:
         _ENTROPY: zstandard.ZstdCompressor(compression_params=_ENTROPY_PARAMETERS),
         _LEVEL_1: zstandard.ZstdCompressor(level=1),
         LEVEL_3: zstandard.ZstdCompressor(level=3),
+        _LEVEL_6: zstandard.ZstdCompressor(level=6),
     }
 
 
 # --- what a sample looks like, and what pays ------------------------------------
-_WHOLE_SAMPLE_NBYTES: Final = 64 * 1024
-_PLANE_SAMPLE_WORDS: Final = 8192
+_STRETCH_NBYTES: Final = 32 * 1024  # shorter, and nothing is found twice that is
 _STRETCHES: Final = 4
 
-# A slower setting has to save this fraction of its bytes more than the next faster one.
-_PAYS: Final = {_ENTROPY: 1 / 64, _LEVEL_1: 1 / 64, LEVEL_3: 1 / 64}
-_WHOLE_PAYS: Final = 0.97
+# A slower setting has to save this fraction of what the faster ones leave.
+_PAYS: Final = {_ENTROPY: 1 / 64, _LEVEL_1: 1 / 64, LEVEL_3: 1 / 64, _LEVEL_6: 1 / 8}
+_NOISE: Final = 0.98  # what is left of bytes that no setting makes smaller
+_HOPELESS: Final = 1.05  # a level that leaves so much more than the best: nor do those above it
+_WHOLE_PAYS: Final = 0.98
 _ROTATION_PAYS: Final = 0.995  # it costs a tenth of the time to encode, more to decode
 
 _FIRST_INTERVAL_NBYTES: Final = 32 * 1024 * 1024
 _LAST_INTERVAL_NBYTES: Final = 256 * 1024 * 1024
 _DRIFT: Final = 0.05
-_DRIFT_CHUNKS: Final = 16
+_DRIFT_CHUNKS: Final = 4
+_MOST_DRIFT_CHUNKS: Final = 64
+_SAMPLES: Final = 3  # that count together: the first chunk alone may be unlike the others
+_FIRST_PAUSE: Final = 2  # chunks between the first samples
 _GROWTH: Final = 4
+
+
+_Run = tuple[bool, int]  # whether rotated, number of the plane; the whole chunk is plane -1
+Sample = Mapping[_Run, Mapping[int, float]]
+"""The fraction that remains of each run, by setting: of those that were worth trying."""
+
+_WHOLE: Final = (False, -1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """What a sample said: codec, and a setting for the whole chunk or for each plane."""
+    """What samples said: codec, and a setting for the whole chunk or for each plane."""
 
     codec: int
     settings: tuple[int, ...]
     rotated: bool
     expected: float
     sampled_nbytes: int
+    samples: tuple[Sample, ...]
 
     def agrees(self, other: Choice) -> bool:
         """Say whether both store chunks in the same way."""
@@ -90,17 +104,19 @@ class Hint:
     """What was learned from earlier chunks of a series, so that sampling is rare.
 
     The caller keeps one per series and passes it to each `Encoder.encode`. A sample is taken
-    at the first chunk, then every 32 MiB, at most twice as rarely each time it says the
-    same again (up to 256 MiB), when chunks become much larger, and when what was
-    achieved drifts from what the sample promised. Several threads may use one: a race
-    costs or saves a sample, never correctness.
+    at the first chunk and twice soon after, which count together, then every 32 MiB, at most
+    twice as rarely each time it says the same again (up to 256 MiB), when chunks become much
+    larger, and, with growing patience, when what was achieved drifts from what was promised.
+    Several threads may use one: a race costs or saves a sample, never correctness.
     """
 
-    __slots__ = ("_choice", "_chunks", "_interval", "_nbytes")
+    __slots__ = ("_choice", "_chunks", "_has_drifted", "_interval", "_nbytes", "_patience")
 
     def __init__(self) -> None:
         self._choice: Choice | None = None
         self._interval = _FIRST_INTERVAL_NBYTES
+        self._patience = _DRIFT_CHUNKS
+        self._has_drifted = False
         self._nbytes = 0
         self._chunks = 0
 
@@ -112,16 +128,30 @@ class Hint:
             or self._nbytes >= self._interval
             or nbytes >= _GROWTH * choice.sampled_nbytes
             or (choice.codec == layout.CODEC_PLANES and len(choice.settings) != nsettings)
+            or self._is_unsure(choice)
         ):
             return None
         return choice
 
+    def _is_unsure(self, choice: Choice) -> bool:
+        found = len(choice.samples)
+        pauses = found < _SAMPLES and self._chunks >= _FIRST_PAUSE * found
+        return pauses or self._has_drifted
+
+    @property
+    def earlier(self) -> tuple[Sample, ...]:
+        """The samples that count together with the next."""
+        return () if self._choice is None else self._choice.samples
+
     def learn(self, choice: Choice) -> None:
         """Take what a new sample said."""
-        same = self._choice is not None and self._choice.agrees(choice)
-        self._interval = (
-            min(2 * self._interval, _LAST_INTERVAL_NBYTES) if same else _FIRST_INTERVAL_NBYTES
-        )
+        if self._choice is None or not self._choice.agrees(choice):
+            self._interval = _FIRST_INTERVAL_NBYTES
+        elif self._nbytes >= self._interval:
+            self._interval = min(2 * self._interval, _LAST_INTERVAL_NBYTES)
+        if self._has_drifted:
+            self._patience = min(2 * self._patience, _MOST_DRIFT_CHUNKS)
+        self._has_drifted = False
         self._choice = choice
         self._nbytes = self._chunks = 0
 
@@ -130,86 +160,93 @@ class Hint:
         self._nbytes += nbytes
         self._chunks += 1
         choice = self._choice
-        if (
-            choice is not None
-            and self._chunks >= _DRIFT_CHUNKS
-            and abs(stored / nbytes - choice.expected) > _DRIFT
-        ):
-            self._nbytes = self._interval
+        if choice is not None and self._chunks >= self._patience:
+            self._has_drifted = abs(stored / nbytes - choice.expected) > _DRIFT
 
 
 # --- choosing -------------------------------------------------------------------
 
 
-def choose(raw: _Bytes, dtype: str, zstd: Compressors) -> Choice:
-    """Choose codec and settings from samples of a chunk."""
-    size, w = dtypes.itemsize(dtype), dtypes.word_nbytes(dtype)
-    best = Choice(
-        codec=layout.CODEC_RAW,
-        settings=(),
-        rotated=False,
-        expected=1 - _PAYS[_ENTROPY],  # what anything else has to beat
+def choose(raw: _Bytes, dtype: str, zstd: Compressors, earlier: Sequence[Sample] = ()) -> Choice:
+    """Choose codec and settings from a sample of a chunk and earlier ones of its series."""
+    w = dtypes.word_nbytes(dtype)
+    sample = _look(raw, dtype, zstd)
+    like_it = [other for other in earlier if other.keys() == sample.keys()]
+    samples = (*like_it[1 - _SAMPLES :], sample)
+    mean = _mean(samples)
+    best: tuple[int, tuple[int, ...], bool] = (layout.CODEC_RAW, (), False)
+    least = 1 - _PAYS[_ENTROPY]  # what anything else has to beat
+    for rotated in (False, True):
+        runs = [mean.get((rotated, i)) for i in range(w)] if w > 1 else [None]
+        chosen = [_choose_one(run) for run in runs if run is not None]
+        if len(chosen) < w or not any(setting for setting, _ in chosen):
+            continue
+        head = layout.PLANES_HEADER_NBYTES + 4 * w
+        expected = sum(remains for _, remains in chosen) / w + head / raw.nbytes
+        if expected < least * (_ROTATION_PAYS if rotated else 1):
+            best, least = (layout.CODEC_PLANES, tuple(s for s, _ in chosen), rotated), expected
+    setting, expected = _choose_one(mean[_WHOLE])
+    if expected < least * _WHOLE_PAYS:
+        best, least = (layout.CODEC_ZSTD, (setting,), False), expected
+    return Choice(
+        codec=best[0],
+        settings=best[1],
+        rotated=best[2],
+        expected=least,
         sampled_nbytes=raw.nbytes,
+        samples=samples,
     )
+
+
+def _look(raw: _Bytes, dtype: str, zstd: Compressors) -> Sample:
+    w = dtypes.word_nbytes(dtype)
+    sample = _sample(raw, max(1, dtypes.itemsize(dtype)))
+    found: dict[_Run, Mapping[int, float]] = {_WHOLE: _try(sample, zstd)}
     if w > 1:
-        sample = _sample(raw, size)
-        is_float = not dtypes.is_integer(dtype)
-        for rotated in (False, True) if is_float else (False,):
-            settings, expected = _of_planes(sample, w, zstd, rotated=rotated)
-            expected += (layout.PLANES_HEADER_NBYTES + 4 * w) / raw.nbytes
-            if expected < best.expected * (_ROTATION_PAYS if rotated else 1):
-                best = Choice(
-                    codec=layout.CODEC_PLANES,
-                    settings=settings,
-                    rotated=rotated,
-                    expected=expected,
-                    sampled_nbytes=raw.nbytes,
-                )
-    # The middle: chunks often begin and end with padding.
-    middle = max(0, (raw.nbytes - _WHOLE_SAMPLE_NBYTES) // 2)
-    whole = raw[middle : middle + _WHOLE_SAMPLE_NBYTES]
-    tried = (_ENTROPY, _LEVEL_1, LEVEL_3) if w == 1 else (_LEVEL_1, LEVEL_3)
-    setting, expected = _of_run(whole, tried, zstd)
-    if expected < best.expected * _WHOLE_PAYS:
-        best = Choice(
-            codec=layout.CODEC_ZSTD,
-            settings=(setting,),
-            rotated=False,
-            expected=expected,
-            sampled_nbytes=raw.nbytes,
-        )
-    return best
+        cut = np.empty((w, len(sample) // w), np.uint8)
+        for rotated in (False,) if dtypes.is_integer(dtype) else (False, True):
+            planes.split(sample, list(cut), rotated=rotated)
+            for i, plane in enumerate(cut):
+                found[rotated, i] = _try(plane, zstd)
+    return found
 
 
-def _of_planes(
-    sample: _Bytes, w: int, zstd: Compressors, *, rotated: bool
-) -> tuple[tuple[int, ...], float]:
-    """Choose for each plane of a sample; give the fraction of the whole that remains."""
-    n = len(sample) // w
-    cut = list(np.empty((w, n), np.uint8))
-    planes.split(sample, cut, rotated=rotated)
-    chosen = [_of_run(plane, (_ENTROPY, _LEVEL_1, LEVEL_3), zstd) for plane in cut]
-    settings = tuple(setting for setting, _ in chosen)
-    if not any(settings):
-        return settings, 1.0
-    return settings, sum(expected for _, expected in chosen) / w
+def _try(run: _Bytes, zstd: Compressors) -> Mapping[int, float]:
+    """Give the fractions that remain, of settings that are worth trying."""
+    found: dict[int, float] = {}
+    for setting, compressor in zstd.items():
+        fraction = found[setting] = len(compressor.compress(run.data)) / len(run)
+        is_level = setting != _ENTROPY
+        if is_level and (fraction > _NOISE or fraction > min(found.values()) * _HOPELESS):
+            break
+    return found
 
 
-def _of_run(run: _Bytes, settings: tuple[int, ...], zstd: Compressors) -> tuple[int, float]:
+def _mean(samples: Sequence[Sample]) -> Sample:
+    """Give the mean of samples of one series, for the settings that all of them have."""
+    return {
+        run: {
+            setting: sum(sample[run][setting] for sample in samples) / len(samples)
+            for setting in tried
+            if all(setting in sample[run] for sample in samples)
+        }
+        for run, tried in samples[0].items()
+    }
+
+
+def _choose_one(fractions: Mapping[int, float]) -> tuple[int, float]:
     """Choose how to store a run of bytes; give the fraction of it that remains."""
     best, remains = RAW, 1.0
-    for setting in settings:
-        fraction = len(zstd[setting].compress(run.data)) / len(run)
-        if fraction < remains - _PAYS[setting]:
+    for setting, fraction in fractions.items():
+        if fraction < remains * (1 - _PAYS[setting]):
             best, remains = setting, fraction
     return best, remains
 
 
 def _sample(raw: _Bytes, size: int) -> _Bytes:
     """Take whole elements from a few places of a chunk."""
-    count = len(raw) // size
-    if count <= _PLANE_SAMPLE_WORDS:
+    if len(raw) <= _STRETCHES * _STRETCH_NBYTES:
         return raw
-    stretch = _PLANE_SAMPLE_WORDS // _STRETCHES
+    count, stretch = len(raw) // size, _STRETCH_NBYTES // size
     starts = [(count - stretch) * i // (_STRETCHES - 1) for i in range(_STRETCHES)]
     return np.concatenate([raw[s * size : (s + stretch) * size] for s in starts])
