@@ -1,4 +1,4 @@
-"""Make the environments that the peers run in: one command, some minutes, about 3 GB.
+"""Make the environments that the peers run in: one command, some minutes, about 4 GB.
 
     python benchmarks/environments.py [--folder DIR] [--python PYTHON ...]
 
