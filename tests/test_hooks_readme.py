@@ -78,6 +78,9 @@ ALL = {  # what it needs, what is there before, where the run is, names in it
     "Keras 3": ("keras", KERAS, "keras", {"loss"}),
     "Instead of TensorBoard's SummaryWriter": ("numpy", "", "written", {"loss"}),
     "As with Weights & Biases": ("numpy", "", "digits/first", {"loss"}),
+    "Scripts for smdebug": (
+        "torch", TORCH, "smdebug", {"Linear_weight", "gradient/Linear_weight"},
+    ),
 }  # fmt: skip
 
 

@@ -348,6 +348,55 @@ def test_compiled_models(url: Path, tmp_path: Path) -> None:
         np.testing.assert_allclose(compiled[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
+def test_what_is_one_graph_has_hooks_around_it(url: Path, tmp_path: Path) -> None:
+    """Within ``fullgraph=True`` nothing else may run: its call would raise."""
+    model, optimizer, _ = build()
+    model.drop.p = 0.0
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    collections = ["weights", "gradients", Collection(name="whole", modules=[""], inputs=True)]
+    with (
+        pytest.warns(RuntimeWarning, match="fullgraph"),
+        attach(
+            compiled, url, optimizer=optimizer, collections=collections, every=1, stoppable=True,
+            on_error="raise",
+        ),
+    ):  # fmt: skip
+        train((model, optimizer, torch.nn.CrossEntropyLoss()), 2, called=compiled)
+    with tsf.open_run(url) as run:
+        assert run.steps(mode="TRAIN").tolist() == [0, 1]
+        assert np.array_equal(run["input/0"].read(step=1), batch(1)[0].numpy())
+        assert run["output/logits"].read(step=1).shape == (5, 3)
+        assert run["gradient/head.weight"].steps.tolist() == [0, 1]
+    with attach(compiled, tmp_path / "plain", optimizer=optimizer, collections=["weights"]):
+        compiled(batch(0)[0])  # nothing that it cannot do, and no warning
+
+
+def test_a_step_that_a_scaler_skips(url: Path) -> None:
+    """Its gradients are infinite, and no optimizer sees them."""
+    model = torch.nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+    with attach(
+        model, url, optimizer=optimizer, collections=["gradients", "inputs"], every=1,
+        on_error="raise",
+    ) as hook:  # fmt: skip
+        for step in range(4):
+            optimizer.zero_grad()
+            assert hook.step == max(step - 1, 0)
+            x = torch.full((3, 4), np.inf if step == 1 else float(step))
+            scaler.scale(model(x).sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            hook.end_step()
+    with tsf.open_run(url) as run:
+        assert run["input/0"].steps.tolist() == [0, 1, 2, 3]
+        gradient = run["gradient/weight"]
+        assert gradient.steps.tolist() == [0, 2, 3]
+        assert [gradient.read(step=step)[0, 0] for step in (0, 2, 3)] == [0, 6, 9]  # unscaled
+
+
 def test_reductions(url: Path) -> None:
     parts = build()
     collection = Collection(

@@ -383,6 +383,20 @@ def test_wrapped_and_copied_modules() -> None:
     assert "Net_fc.weight" in closed(hook).tensor_names()
 
 
+@pytest.mark.slow
+def test_a_module_that_is_one_graph() -> None:
+    net, *_ = build()
+    torch._dynamo.reset()
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    hook = every()
+    with pytest.warns(RuntimeWarning, match="fullgraph"):
+        hook.register_module(compiled)
+    compiled(batch(0)[0]).sum().backward()
+    names = closed(hook).tensor_names()
+    assert {"Net_input_0", "Net_output_0", "Net_fc.weight", "gradient/Net_fc.weight"} <= {*names}
+    assert "fc_output_0" not in names
+
+
 def test_what_is_no_module_is_refused() -> None:
     hook = every()
     for register in (hook.register_module, hook.register_loss):

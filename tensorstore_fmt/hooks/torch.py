@@ -69,7 +69,8 @@ def attach(
     ----------
     module
         Also one compiled by `torch.compile` or wrapped by DistributedDataParallel: names are
-        those of the module inside.
+        those of the module inside. Attach after compiling with ``fullgraph=True``: then of what
+        goes through modules only inputs and outputs of the model itself can be saved.
     run
         A writer; or where to create a run, with `options` as `create_run` takes them (then the
         rank and number of ranks are those of `torch.distributed`, if it is initialised), which
@@ -77,6 +78,8 @@ def attach(
     optimizer
         Whose `step` ends a training step; then gradients are saved just before it, as it gets
         them (accumulated, averaged, clipped), and its state just after it. Several may be given.
+        A step that a `GradScaler` skips goes on with the next forward, unless `TorchHook.end_step`
+        is called after ``scaler.update()``.
     loss
         A loss module; what it gives is saved as ``loss``. A loss that the model gives itself
         (``output.loss``) is saved without being named here.

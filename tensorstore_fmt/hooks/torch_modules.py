@@ -14,7 +14,7 @@ from tensorstore_fmt.hooks.guard import Guard
 from tensorstore_fmt.hooks.torch_calls import HookCall
 from tensorstore_fmt.hooks.torch_values import walk
 
-__all__ = ["Chooses", "ModuleHooks", "Takes", "in_backward", "inner_module"]
+__all__ = ["Chooses", "ModuleHooks", "Takes", "in_backward", "inner_module", "outer_module"]
 
 
 class Takes(Protocol):
@@ -60,24 +60,46 @@ def inner_module(module: torch.nn.Module) -> torch.nn.Module:
         module = original
 
 
+def outer_module(module: torch.nn.Module) -> torch.nn.Module:
+    """Give the module whose calls hooks can see: the one inside, or what is one graph.
+
+    Nothing may run inside what was compiled with ``fullgraph=True``; its call would fail.
+    """
+    inner = inner_module(module)
+    while module is not inner:
+        if getattr(getattr(module, "dynamo_ctx", None), "fullgraph", False):
+            return module
+        original = getattr(module, "_orig_mod", None)
+        module = module.module if original is None else original
+    return inner
+
+
 def in_backward() -> bool:
     """Say whether autograd runs backward in this thread: checkpointing recomputes there."""
     return bool(torch._C._current_graph_task_id() != -1)
 
 
 class ModuleHooks:
-    """Forward hooks on all modules whose inputs or outputs any collection may want."""
+    """Forward hooks on all modules whose inputs or outputs any collection may want.
+
+    Parameters
+    ----------
+    outer
+        Its `outer_module`, if that is another one: then hooks are on this one alone.
+    """
 
     def __init__(
         self,
         module: torch.nn.Module,
         *,
+        outer: torch.nn.Module | None = None,
         loss: torch.nn.Module | None,
         recorder: Takes,
         chooser: Chooses,
         guard: Guard,
     ) -> None:
         self._module = module
+        self._outer = module if outer is None else outer
         self._loss = loss
         self._recorder = recorder
         self._chooser = chooser
@@ -116,7 +138,7 @@ class ModuleHooks:
         wants_outputs = self._chooser.may_want("output") or self._chooser.may_want(
             "output_gradient"
         )
-        for path, module in self._module.named_modules():
+        for path, module in self._reachable(is_wanted=wants_inputs or wants_outputs):
             is_leaf = next(module.children(), None) is None
             if wants_inputs or wants_outputs:
                 if path:
@@ -130,6 +152,19 @@ class ModuleHooks:
             hook = HookCall(self._guard("the loss", self._after_loss))
             handles.append(self._loss.register_forward_hook(hook))
         return handles
+
+    def _reachable(self, *, is_wanted: bool) -> list[tuple[str, torch.nn.Module]]:
+        if self._outer is self._module:
+            return list(self._module.named_modules())
+        if is_wanted:
+            warnings.warn(
+                "the model was compiled with fullgraph=True: of what goes through modules only the "
+                "model's own inputs and outputs are saved; attach to the model without it to save "
+                "the others",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return [("", self._outer)]
 
     def _hook_inputs(self, module: torch.nn.Module, path: str, *, is_leaf: bool) -> RemovableHandle:
         # Before the forward: a module may change its inputs in place.

@@ -11,7 +11,12 @@ from tensorstore_fmt.hooks.collections import Chooser
 from tensorstore_fmt.hooks.guard import Guard
 from tensorstore_fmt.hooks.recorder import Recorder
 from tensorstore_fmt.hooks.torch_calls import HookCall
-from tensorstore_fmt.hooks.torch_modules import ModuleHooks, in_backward, inner_module
+from tensorstore_fmt.hooks.torch_modules import (
+    ModuleHooks,
+    in_backward,
+    inner_module,
+    outer_module,
+)
 from tensorstore_fmt.hooks.torch_optimizer import OptimizerHooks
 
 __all__ = ["Steps"]
@@ -40,6 +45,7 @@ class Steps:
         self.recorder = recorder
         self.forced_mode: str | None = None
         self._inner = inner_module(module)
+        self._outer = outer_module(module)
         self._guard = guard
         self._next = first
         self._mode_steps: dict[str | None, int] = {}
@@ -47,7 +53,12 @@ class Steps:
         self._is_told = False
         self._ends_by_optimizer = bool(optimizers)
         self._modules = ModuleHooks(
-            self._inner, loss=loss, recorder=recorder, chooser=chooser, guard=guard
+            self._inner,
+            outer=self._outer,
+            loss=loss,
+            recorder=recorder,
+            chooser=chooser,
+            guard=guard,
         )
         self._optimizers = OptimizerHooks(
             self._inner,
@@ -62,7 +73,7 @@ class Steps:
     def register(self) -> None:
         """Put all hooks on."""
         before = HookCall(self._guard("a step's begin", self._before_forward))
-        self._handles.append(self._inner.register_forward_pre_hook(before, prepend=True))
+        self._handles.append(self._outer.register_forward_pre_hook(before, prepend=True))
         self._handles += self._modules.register()
         self._handles += self._optimizers.register()
 

@@ -8,7 +8,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from tensorstore_fmt.hooks.torch_calls import HookCall
-from tensorstore_fmt.hooks.torch_modules import in_backward, inner_module
+from tensorstore_fmt.hooks.torch_modules import in_backward, outer_module
 from tensorstore_fmt.rules.stopping import StopWatcher
 
 __all__ = ["StopHook"]
@@ -30,7 +30,7 @@ class StopHook:
     ) -> None:
         self.watcher = watcher
         self.forced_mode: str | None = None
-        self._inner = inner_module(module)
+        self._outer = outer_module(module)
         self._optimizers = optimizers
         self._count = 0
         self._may_go_on = False
@@ -40,7 +40,7 @@ class StopHook:
     def register(self) -> None:
         """Put the hooks on, before others."""
         before = HookCall(self._before_forward)
-        self._handles.append(self._inner.register_forward_pre_hook(before, prepend=True))
+        self._handles.append(self._outer.register_forward_pre_hook(before, prepend=True))
         for optimizer in self._optimizers:
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
 

@@ -25,7 +25,12 @@ from torch.utils.hooks import RemovableHandle
 from tensorstore_fmt.hooks.collections import Kind
 from tensorstore_fmt.hooks.guard import Guard
 from tensorstore_fmt.hooks.torch_calls import HookCall
-from tensorstore_fmt.hooks.torch_modules import ModuleHooks, in_backward, inner_module
+from tensorstore_fmt.hooks.torch_modules import (
+    ModuleHooks,
+    in_backward,
+    inner_module,
+    outer_module,
+)
 from tensorstore_fmt.hooks.torch_values import walk
 from tensorstore_fmt.interop.smdebug.collections import Collection
 from tensorstore_fmt.interop.smdebug.exceptions import SMDebugValueError
@@ -65,9 +70,10 @@ class Modules:
         model = self._checked(module)
         if model in self._known:
             return
-        root = self._know(model)
+        outer = outer_module(module)
+        root = self._know(model, outer)
         before = HookCall(self.guard("a step's begin", self._begin(model, root)))
-        self._handles.append(model.register_forward_pre_hook(before, prepend=True))
+        self._handles.append(outer.register_forward_pre_hook(before, prepend=True))
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 tensor = f"gradient/{root}_{name}"
@@ -84,7 +90,7 @@ class Modules:
         """
         module = self._checked(loss)
         if module not in self._known:
-            self._know(module)
+            self._know(module, module)
 
     def remove(self) -> None:
         """Take all hooks off."""
@@ -135,13 +141,13 @@ class Modules:
             )
         return inner_module(module)
 
-    def _know(self, module: torch.nn.Module) -> str:
+    def _know(self, module: torch.nn.Module, outer: torch.nn.Module) -> str:
         """Put hooks on; give the name of the module itself."""
         root: str = module._get_name()
         for path, each in module.named_modules():
             self._known.setdefault(each, path or root)
         hooks = ModuleHooks(
-            module, loss=None, recorder=(taker := _Taker(self, root)), chooser=taker,
+            module, outer=outer, loss=None, recorder=(taker := _Taker(self, root)), chooser=taker,
             guard=self.guard,
         )  # fmt: skip
         self._handles += hooks.register()
