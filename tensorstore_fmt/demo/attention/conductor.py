@@ -18,6 +18,7 @@ from tensorstore_fmt.demo.attention.slices import MADE_BY, Choice, Shape, check_
 from tensorstore_fmt.demo.display import Display
 from tensorstore_fmt.demo.report import bytes_text
 from tensorstore_fmt.errors import ArgumentError, NotARunError, StateError
+from tensorstore_fmt.storage.base import without_credentials
 
 if TYPE_CHECKING:
     from tensorstore_fmt.demo.attention.training import Losses
@@ -155,7 +156,7 @@ class _Demo:
                 argument="step",
             )
         say = self.display.line
-        say(f"Run: {self.url}", style="strong")
+        say(f"Run: {without_credentials(self.url)}", style="strong")
         say("MiniLM (6 layers, 22 million parameters) learns which sentences of Python's manual")
         say(
             f"follow each other, in {steps} steps of {BATCH} pairs. {len(saved)} times a hook saves"
@@ -192,7 +193,7 @@ class _Demo:
     def _conclude(self, losses: Losses, written: tsf.CloseReport, seconds: float) -> None:
         before, *_, after = losses.probes.values()
         say = self.display.line
-        say(f"The loss of the probes fell from {before:.3f} to {after:.3f} in {seconds:.0f} s.")
+        say(f"The loss of the probes went from {before:.3f} to {after:.3f} in {seconds:.0f} s.")
         say(str(written))
 
     def draw(self, choice: Choice, folder: Path) -> dict[str, object]:
@@ -201,19 +202,19 @@ class _Demo:
         from tensorstore_fmt.demo.attention.page import write_page
         from tensorstore_fmt.demo.attention.views import draw_views
 
-        head, drawn = draw_views(self.url, choice, folder, storage_options=self._storage_options)
+        pair, drawn = draw_views(self.url, choice, folder, storage_options=self._storage_options)
         with tsf.open_run(self.url, storage_options=self._storage_options) as run:
             stored = sum(run[name].stored_nbytes for name in run.names())
         page = folder / "report.html"
-        write_page(page, self.url, head, drawn, stored)
-        self._say(head.choice, head.tokens, drawn, stored)
+        write_page(page, self.url, pair, drawn, stored)
+        self._say(pair.choice, pair.tokens, drawn, stored)
         self.display.line(f"  {page}")
         return {
-            "run": self.url,
-            "choice": asdict(head.choice),
-            "tokens": head.tokens,
-            "steps": head.steps.tolist(),
-            "loss": head.loss.tolist(),
+            "run": without_credentials(self.url),
+            "choice": asdict(pair.choice),
+            "tokens": pair.tokens,
+            "steps": pair.steps.tolist(),
+            "loss": pair.loss.tolist(),
             "stored_nbytes": stored,
             "views": [
                 {

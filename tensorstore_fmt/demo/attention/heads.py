@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tensorstore_fmt.demo.attention.slices import HeadSlices
+from tensorstore_fmt.demo.attention.slices import HeadSlices, PairSlices
 from tensorstore_fmt.demo.attention.style import (
     FAINT,
     FIRST,
@@ -40,37 +40,37 @@ def draw_heads(slices: HeadSlices, position: int) -> Figure:
     position
         Which of the saved steps.
     """
-    count = len(slices.tokens)
-    room = _LETTER * max(_FEWEST_LETTERS, *map(len, slices.tokens))
+    count = len(slices.pair.tokens)
+    room = _LETTER * max(_FEWEST_LETTERS, *map(len, slices.pair.tokens))
     figure = figure_of(_INCHES * (1.75 + 2 * room), 1.55 + 0.27 * count)
     axes = figure.subplots()
     axes.set(xlim=(-room - 0.05, 1.7 + room), ylim=(count - 0.4, -1.6))
     axes.axis("off")
     _lines(axes, slices, position)
     _tokens(axes, slices, position, 1.12 + room)
-    heading(figure, slices, position, "Where each token looks: attention scores")
+    heading(figure, slices.pair, position, "Where each token looks: attention scores")
     return figure
 
 
-def colour_of(slices: HeadSlices, token: int) -> str:
+def colour_of(pair: PairSlices, token: int) -> str:
     """Give the colour of a token: that of its sentence."""
-    if slices.is_special(token):
+    if pair.is_special(token):
         return SPECIAL
-    return FIRST if token < slices.second else SECOND
+    return FIRST if token < pair.second else SECOND
 
 
 def _lines(axes: Axes, slices: HeadSlices, position: int) -> None:
     scores = slices.scores[position]
-    for looks in range(len(slices.tokens)):
-        for seen in range(len(slices.tokens)):
+    for looks in range(len(slices.pair.tokens)):
+        for seen in range(len(slices.pair.tokens)):
             score = float(scores[looks, seen])
             if score < _FAINTEST:
                 continue
-            is_idle = slices.is_special(looks) or slices.is_special(seen)
+            is_idle = slices.pair.is_special(looks) or slices.pair.is_special(seen)
             axes.plot(
                 (_LEFT, _RIGHT),
                 (looks, seen),
-                color=FAINT if is_idle else colour_of(slices, looks),
+                color=FAINT if is_idle else colour_of(slices.pair, looks),
                 linewidth=max(0.4, _WIDEST * score),
                 alpha=min(1.0, 0.12 + 0.88 * score / _BEST),
                 solid_capstyle="round",
@@ -83,8 +83,8 @@ def _tokens(axes: Axes, slices: HeadSlices, position: int, bars: float) -> None:
     axes.text(_LEFT - 0.04, -1.0, "looks", ha="right", va="center", color=GREY, fontsize=9)
     axes.text(_RIGHT + 0.04, -1.0, "is looked at", ha="left", va="center", color=GREY, fontsize=9)
     axes.text(bars, -1.0, "by all (mean)", ha="left", va="center", color=GREY, fontsize=9)
-    for token, text in enumerate(slices.tokens):
-        colour = colour_of(slices, token)
+    for token, text in enumerate(slices.pair.tokens):
+        colour = colour_of(slices.pair, token)
         axes.text(
             _LEFT - 0.04, token, text, ha="right", va="center", color=colour, fontsize=11,
             fontweight="bold",

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tensorstore_fmt.demo.attention.heads import colour_of
-from tensorstore_fmt.demo.attention.slices import HeadSlices, NeuronSlices
+from tensorstore_fmt.demo.attention.slices import NeuronSlices, PairSlices
 from tensorstore_fmt.demo.attention.style import GREY, INK, figure_of, heading
 
 if TYPE_CHECKING:
@@ -44,15 +44,15 @@ class Products:
 
 def draw_neuron(slices: NeuronSlices, position: int) -> Figure:
     """Draw query, keys, products, dots and scores of one saved step."""
-    head, token = slices.head, slices.head.choice.token
+    pair, token = slices.pair, slices.pair.choice.token
     assert token is not None  # `read_neuron` chose one
-    every = [Products(slices, each) for each in range(len(head.steps))]
-    worked, count = every[position], len(head.tokens)
+    every = [Products(slices, each) for each in range(len(pair.steps))]
+    worked, count = every[position], len(pair.tokens)
     figure = figure_of(12.0, 2.3 + 0.27 * count)
-    name = head.tokens[token]
-    heading(figure, head, position, f"Why “{name}” looks where it looks: its query, times all keys")
+    name = pair.tokens[token]
+    heading(figure, pair, position, f"Why “{name}” looks where it looks: its query, times all keys")
     height = float(figure.get_figheight())
-    letters = max(11, *map(len, head.tokens))
+    letters = max(11, *map(len, pair.tokens))
     figure.subplots_adjust(
         left=0.03 + 0.0065 * letters, right=0.94, top=1 - 1.3 / height, bottom=0.25 / height
     )
@@ -66,20 +66,20 @@ def draw_neuron(slices: NeuronSlices, position: int) -> Figure:
     )
     query, note = (figure.add_subplot(grid[0, column]) for column in range(2))
     _cells(query, slices.query[position][None], _edge(slices.query))
-    query.set_yticks([0], ["query"], color=colour_of(head, token), fontweight="bold")
+    query.set_yticks([0], ["query"], color=colour_of(pair, token), fontweight="bold")
     note.axis("off")
     words = "orange: above zero, violet: below; one scale for all steps"
     note.text(0, 0.5, words, fontsize=9, color=GREY, va="center")
 
     key, product, dots, scores = (figure.add_subplot(grid[1, column]) for column in range(4))
     _cells(key, slices.key[position], _edge(slices.key))
-    key.set_yticks(range(count), head.tokens, fontweight="bold")
+    key.set_yticks(range(count), pair.tokens, fontweight="bold")
     for number, label in enumerate(key.get_yticklabels()):
-        label.set_color(colour_of(head, number))
+        label.set_color(colour_of(pair, number))
     _cells(product, worked.products, _edge(np.stack([each.products for each in every])))
     product.set_yticks([])
-    _bars(dots, head, worked.dots, _limits(np.stack([each.dots for each in every])), "{:.1f}")
-    _bars(scores, head, worked.scores, (0.0, 1.25), "{:.2f}")
+    _bars(dots, pair, worked.dots, _limits(np.stack([each.dots for each in every])), "{:.1f}")
+    _bars(scores, pair, worked.scores, (0.0, 1.25), "{:.2f}")
     _title(key, "key of each token")
     _title(product, "query \N{MULTIPLICATION SIGN} key, element by element")
     _title(dots, "sum / √width")
@@ -98,13 +98,13 @@ def _cells(axes: Axes, values: npt.NDArray[np.floating], edge: float) -> None:
 
 def _bars(
     axes: Axes,
-    head: HeadSlices,
+    pair: PairSlices,
     values: npt.NDArray[np.float64],
     limits: tuple[float, float],
     form: str,
 ) -> None:
     count = len(values)
-    colours = [colour_of(head, number) for number in range(count)]
+    colours = [colour_of(pair, number) for number in range(count)]
     axes.barh(range(count), values, height=0.6, color=colours, alpha=0.85)
     reach = limits[1] - limits[0]
     for number, value in enumerate(values):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Final
 
-from tensorstore_fmt.demo.attention.slices import HeadSlices
+from tensorstore_fmt.demo.attention.slices import PairSlices
 from tensorstore_fmt.demo.attention.views import Drawn
 from tensorstore_fmt.demo.report import bytes_text
+from tensorstore_fmt.storage.base import without_credentials
 
 __all__ = ["share_text", "write_page"]
 
@@ -23,8 +25,12 @@ _TITLES: Final = {
 _WORDS: Final = {
     "heads.png": "Each line joins a token to one it looks at, and is as wide as the score. Lines "
     "to [CLS] and [SEP], where a head looks that has nothing better to look at, are grey.",
+    "heads.gif": "The same, as it was before the first update and after more and more of them.",
     "neuron.png": "The query of one token is multiplied with the key of each token, element by "
     "element. The sums, made positive by softmax so that they add up to 1, are the scores.",
+    "neuron.gif": "The colours and bars have one scale for all steps.",
+    "change.png": "Where that token looks, and how well the model does: on the batches it learns "
+    "from, and on pairs from topics of the manual that it never learns from.",
 }
 _STYLE: Final = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #f4f5f7; margin: 0; }
@@ -45,11 +51,11 @@ def share_text(nbytes: int, stored_nbytes: int) -> str:
 
 
 def write_page(
-    path: Path, url: str, head: HeadSlices, drawn: Sequence[Drawn], stored_nbytes: int
+    path: Path, url: str, pair: PairSlices, drawn: Sequence[Drawn], stored_nbytes: int
 ) -> None:
     """Write the page to `path`; it shows the pictures that lie beside it."""
-    choice, border = head.choice, head.second
-    sentences = " ".join(head.tokens[1 : border - 1]), " ".join(head.tokens[border:-1])
+    choice, border = pair.choice, pair.second
+    first, second = _words(pair.tokens[1 : border - 1]), _words(pair.tokens[border:-1])
     rows = "".join(
         f"<tr><td>{escape(' and '.join(file.name for file in view.files))}</td>"
         f"<td>{bytes_text(view.tensor_nbytes)}</td><td>{bytes_text(view.index_nbytes)}</td>"
@@ -61,9 +67,9 @@ def write_page(
         f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Attention</title><style>{_STYLE}</style><main>
 <h1>What one head of a transformer looks at, while it learns</h1>
-<p>Run {escape(url)}: MiniLM learns which sentences of Python's manual follow each other.
-Layer {choice.layer}, head {choice.head}, step {choice.step}, pair {choice.pair}:
-“{escape(sentences[0])}”, “{escape(sentences[1])}”.</p>
+<p>Run {escape(without_credentials(url))}: MiniLM learns which sentences of Python's manual
+follow each other. Layer {choice.layer}, head {choice.head}, step {choice.step}, pair {choice.pair}:
+“{escape(first)}” “{escape(second)}”</p>
 <section><h2>What was read</h2>
 <p>Of {bytes_text(stored_nbytes)} of stored tensors, by a reader that had nothing before:</p>
 <table><tr><th>for</th><th>of tensors</th><th>of the index</th><th>requests</th>
@@ -72,6 +78,11 @@ Layer {choice.layer}, head {choice.head}, step {choice.step}, pair {choice.pair}
 """,
         "utf-8",
     )
+
+
+def _words(tokens: Sequence[str]) -> str:
+    """Put the pieces of words together again."""
+    return re.sub(r" ##| (?=[.,;:)'-])", "", " ".join(tokens))
 
 
 def _section(file: str) -> str:

@@ -15,6 +15,7 @@ __all__ = [
     "Choice",
     "HeadSlices",
     "NeuronSlices",
+    "PairSlices",
     "Shape",
     "check_choice",
     "check_step",
@@ -120,13 +121,13 @@ def check_step(step: int | None, steps: npt.NDArray[np.int64]) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class HeadSlices:
-    """What the attention-head view shows.
+class PairSlices:
+    """What both views show of a pair.
 
     Attributes
     ----------
     choice
-        With its step filled in.
+        With its step filled in, and its token in the neuron view.
     tokens
         Text of the pair, without padding.
     second
@@ -135,8 +136,6 @@ class HeadSlices:
         Whether the second sentence follows the first.
     steps
         Those that were saved.
-    scores
-        Shape (steps, tokens, tokens); a row belongs to the token that looks, and adds up to 1.
     loss, probability
         Of all probes, and what the model says of this pair, by saved step.
     """
@@ -146,7 +145,6 @@ class HeadSlices:
     second: int
     follows: bool
     steps: npt.NDArray[np.int64]
-    scores: Floats
     loss: npt.NDArray[np.float64]
     probability: Floats
 
@@ -161,18 +159,30 @@ class HeadSlices:
 
 
 @dataclass(frozen=True, slots=True)
+class HeadSlices:
+    """What the attention-head view shows.
+
+    Attributes
+    ----------
+    scores
+        Shape (steps, tokens, tokens); a row belongs to the token that looks, and adds up to 1.
+    """
+
+    pair: PairSlices
+    scores: Floats
+
+
+@dataclass(frozen=True, slots=True)
 class NeuronSlices:
     """What the neuron view shows of the token that was chosen.
 
     Attributes
     ----------
-    head
-        With its token filled in.
     query, key
         Shape (steps, width of a head), and (steps, tokens, width of a head).
     """
 
-    head: HeadSlices
+    pair: PairSlices
     query: Floats
     key: Floats
 
@@ -185,63 +195,75 @@ def read_head(run: tsf.Run, choice: Choice) -> HeadSlices:
     ArgumentError
         There is no such layer, head, pair or step.
     """
-    shape = Shape.of(run)
-    check_choice(choice, shape)
-    series = run[f"{_place(choice)}.scores/output"]
-    steps = series.steps
-    choice = replace(choice, step=check_step(choice.step, steps))
-    begin = choice.pair * shape.tokens
-    padded = run["tokens"].read(step=int(steps[0]), index=np.s_[begin : begin + shape.tokens])
-    tokens = tuple(str(token) for token in padded if token != _PADDING)
-    length = len(tokens)
+    pair = _read_pair(run, choice, "scores")
+    length = slice(len(pair.tokens))
+    series = run[_name(choice, "scores")]
     return HeadSlices(
-        choice=choice,
-        tokens=tokens,
-        second=tokens.index("[SEP]") + 1,
-        follows=bool(run["follows"].read(step=int(steps[0]), index=choice.pair)),
-        steps=steps,
-        scores=series.read(index=np.s_[choice.pair, choice.head, :length, :length]),
-        loss=run["loss"].read(mode="EVAL"),
-        probability=run["probability"].read(index=choice.pair),
+        pair, scores=series.read(index=np.s_[choice.pair, choice.head, length, length])
     )
 
 
 def read_neuron(run: tsf.Run, choice: Choice) -> NeuronSlices:
-    """Read query and keys of one token, beside what `read_head` reads.
+    """Read query and keys of one token at all saved steps.
+
+    Scores are read at one step, and only if the token has to be chosen: they follow from
+    query and keys.
 
     Raises
     ------
     ArgumentError
         There is no such layer, head, pair, step or token.
     """
-    head = read_head(run, choice)
-    width, length = Shape.of(run).head_width, len(head.tokens)
-    token = choice.token
+    pair = _read_pair(run, choice, "query")
+    length, token = len(pair.tokens), choice.token
     if token is None:
-        token = _hardest(head)
+        token = _hardest(run, pair)
     elif not 0 <= token < length:
-        named = ", ".join(f"{number} {text}" for number, text in enumerate(head.tokens))
+        named = ", ".join(f"{number} {text}" for number, text in enumerate(pair.tokens))
         raise ArgumentError(
             f"pair {choice.pair} has no token {token}: choose one of {named}", argument="token"
         )
-    head = replace(head, choice=replace(head.choice, token=token))
+    width = Shape.of(run).head_width
     columns = slice(choice.head * width, (choice.head + 1) * width)
-    place = _place(choice)
+    query, key = run[_name(choice, "query")], run[_name(choice, "key")]
     return NeuronSlices(
-        head,
-        query=run[f"{place}.query/output"].read(index=np.s_[choice.pair, token, columns]),
-        key=run[f"{place}.key/output"].read(index=np.s_[choice.pair, :length, columns]),
+        replace(pair, choice=replace(pair.choice, token=token)),
+        query=query.read(index=np.s_[choice.pair, token, columns]),
+        key=key.read(index=np.s_[choice.pair, :length, columns]),
     )
 
 
-def _place(choice: Choice) -> str:
-    return f"encoder.layer.{choice.layer}.attention.self"
+def _read_pair(run: tsf.Run, choice: Choice, part: str) -> PairSlices:
+    shape = Shape.of(run)
+    check_choice(choice, shape)
+    steps = run[_name(choice, part)].steps
+    choice = replace(choice, step=check_step(choice.step, steps))
+    begin, first = choice.pair * shape.tokens, int(steps[0])
+    padded = run["tokens"].read(step=first, index=np.s_[begin : begin + shape.tokens])
+    tokens = tuple(str(token) for token in padded if token != _PADDING)
+    return PairSlices(
+        choice=choice,
+        tokens=tokens,
+        second=tokens.index("[SEP]") + 1,
+        follows=bool(run["follows"].read(step=first, index=choice.pair)),
+        steps=steps,
+        loss=run["loss"].read(mode="EVAL"),
+        probability=run["probability"].read(index=choice.pair),
+    )
 
 
-def _hardest(head: HeadSlices) -> int:
+def _name(choice: Choice, part: str) -> str:
+    return f"encoder.layer.{choice.layer}.attention.self.{part}/output"
+
+
+def _hardest(run: tsf.Run, pair: PairSlices) -> int:
     """Choose the token of the first sentence that looks hardest at one of the second."""
-    words = [n for n in range(len(head.tokens)) if not head.is_special(n)]
-    first = [n for n in words if n < head.second]
-    second = [n for n in words if n >= head.second]
-    across = head.scores[head.position][np.ix_(first, second)]
-    return first[int(across.max(axis=1).argmax())]
+    choice, length = pair.choice, slice(len(pair.tokens))
+    assert choice.step is not None  # `_read_pair` chose one
+    scores = run[_name(choice, "scores")].read(
+        step=choice.step, index=np.s_[choice.pair, choice.head, length, length]
+    )
+    words = [n for n in range(len(pair.tokens)) if not pair.is_special(n)]
+    first = [n for n in words if n < pair.second]
+    second = [n for n in words if n >= pair.second]
+    return first[int(scores[np.ix_(first, second)].max(axis=1).argmax())]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from tensorstore_fmt.demo.attention.slices import HeadSlices
+from tensorstore_fmt.demo.attention.slices import PairSlices
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,12 +32,12 @@ def figure_of(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), facecolor="white")
 
 
-def heading(figure: Figure, slices: HeadSlices, position: int, title: str) -> None:
+def heading(figure: Figure, pair: PairSlices, position: int, title: str) -> None:
     """Write what is shown over a figure: layer, head, step, and what the model says."""
-    choice, height = slices.choice, float(figure.get_figheight())
-    step = f"step {slices.steps[position]} of {slices.steps[-1]}"
-    said = 100 * float(slices.probability[position])
-    truth = "does follow" if slices.follows else "does not follow"
+    choice, height = pair.choice, float(figure.get_figheight())
+    step = f"step {pair.steps[position]} of {pair.steps[-1]}"
+    said = 100 * float(pair.probability[position])
+    truth = "does follow" if pair.follows else "does not follow"
     figure.subplots_adjust(left=0.03, right=0.97, bottom=0.22 / height, top=1 - 0.82 / height)
     figure.text(
         0.03, 1 - 0.12 / height, title, fontsize=13, fontweight="bold", color=INK, va="top"
@@ -54,7 +54,7 @@ def heading(figure: Figure, slices: HeadSlices, position: int, title: str) -> No
         0.03,
         1 - 0.64 / height,
         f"the second sentence {truth}; the model is {said:.0f} % sure that it does "
-        f"(loss of all pairs {slices.loss[position]:.3f})",
+        f"(loss of all pairs {pair.loss[position]:.3f})",
         fontsize=9,
         color=GREY,
         va="top",

@@ -11,7 +11,7 @@ from tensorstore_fmt.demo.attention.change import draw_change
 from tensorstore_fmt.demo.attention.heads import draw_heads
 from tensorstore_fmt.demo.attention.meter import Meter, metered
 from tensorstore_fmt.demo.attention.neuron import draw_neuron
-from tensorstore_fmt.demo.attention.slices import Choice, HeadSlices, read_head, read_neuron
+from tensorstore_fmt.demo.attention.slices import Choice, PairSlices, read_head, read_neuron
 from tensorstore_fmt.demo.attention.style import DPI
 
 __all__ = ["Drawn", "draw_views"]
@@ -45,7 +45,7 @@ class Drawn:
 
 def draw_views(
     url: str, choice: Choice, folder: Path, *, storage_options: Mapping[str, object] | None
-) -> tuple[HeadSlices, list[Drawn]]:
+) -> tuple[PairSlices, list[Drawn]]:
     """Draw all views of a choice; give what was chosen, in full, and what was drawn.
 
     Raises
@@ -63,13 +63,13 @@ def draw_views(
         head_read = meter
     folder.mkdir(parents=True, exist_ok=True)
     heads = folder / "heads.png", folder / "heads.gif"
-    draw_heads(head, head.position).savefig(heads[0], dpi=DPI)
-    save_animation((draw_heads(head, each) for each in range(len(head.steps))), heads[1])
+    draw_heads(head, head.pair.position).savefig(heads[0], dpi=DPI)
+    save_animation((draw_heads(head, each) for each in range(len(head.pair.steps))), heads[1])
     neurons = folder / "neuron.png", folder / "neuron.gif", folder / "change.png"
-    draw_neuron(neuron, head.position).savefig(neurons[0], dpi=DPI)
-    save_animation((draw_neuron(neuron, each) for each in range(len(head.steps))), neurons[1])
+    draw_neuron(neuron, head.pair.position).savefig(neurons[0], dpi=DPI)
+    save_animation((draw_neuron(neuron, each) for each in range(len(head.pair.steps))), neurons[1])
     draw_change(neuron, batch_loss).savefig(neurons[2], dpi=DPI)
-    return neuron.head, [_drawn("heads", heads, head_read), _drawn("neuron", neurons, neuron_read)]
+    return neuron.pair, [_drawn("heads", heads, head_read), _drawn("neuron", neurons, neuron_read)]
 
 
 def _drawn(name: str, files: tuple[Path, ...], meter: Meter) -> Drawn:
