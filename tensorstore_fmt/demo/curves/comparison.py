@@ -26,7 +26,7 @@ COLUMNS = (
     "best loss (step)",
     "last accuracy",
     "best accuracy (step)",
-    "how it ended",
+    "state",
 )
 """Of `comparison`."""
 

@@ -50,6 +50,8 @@ _STYLE: dict[RcKeyType, object] = {
     "svg.hashsalt": "tensorstore-fmt",  # the same picture gives the same bytes
 }
 
+_EMPTY = (0.001, 10.0)  # losses that are expected, while there are none
+
 _HIGHEST = 30.0
 """A loss is shown up to so many times what it was at first; beyond, it leaves the picture."""
 
@@ -94,9 +96,8 @@ def draw_curves(observed: Sequence[Observed]) -> Figure:
         if len(each.loss):
             _mark(left, each, colour, each.loss, top=top)
             _mark(right, each, colour, Curve(each.test_accuracy.steps, accuracy), top=None)
-    if top is not None:
-        left.set_ylim(_bottom(observed), top)
-        _scale_by_powers(left)
+    left.set_ylim(*(_EMPTY if top is None else (_bottom(observed), top)))
+    _scale_by_powers(left)
     right.set_ylim(0, 103)
     last = max((each.planned or each.steps for each in observed), default=1)
     for axes in (left, right):

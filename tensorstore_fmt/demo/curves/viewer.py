@@ -113,7 +113,7 @@ class Viewer:
         say = partial(print, flush=True)
         say()
         rows = comparison(observed)
-        # Without the rate, which is in the name, and how it ended: that is said at the end.
+        # Without the rate, which is in the name, and the state, which is said at the end.
         for text in lines(_SHORT(COLUMNS), [_SHORT(row) for row in rows]):
             say(text)
         say()
