@@ -80,7 +80,7 @@ class Cold(Case):
                 return seconds
 
             once()  # imports, and threads
-            return _over_latencies(bucket, once)
+            return _over_latencies(bucket, once, 1 if place.quick else REPEATS)
 
     def judge(self, table: Table) -> list[Verdict]:
         peers = [name for name in table.trials if not name.startswith("ours")]
@@ -121,7 +121,7 @@ def _fewest_rounds(table: Table, peers: Sequence[str]) -> Verdict:
     return Verdict(must, f"{own:g}; {rival} {least:g}", own <= least)
 
 
-def _over_latencies(bucket: Bucket, once: Callable[[], float]) -> Figures:
+def _over_latencies(bucket: Bucket, once: Callable[[], float], repeats: int) -> Figures:
     figures: Figures = {}
     chain = 0
     for latency in LATENCIES_MS:
@@ -131,7 +131,7 @@ def _over_latencies(bucket: Bucket, once: Callable[[], float]) -> Figures:
         bucket.set_latency(latency / 1e3)
         bucket.take_log()
         times: list[float] = []
-        while len(times) < REPEATS and sum(times) < ENOUGH_SECONDS:
+        while len(times) < repeats and sum(times) < ENOUGH_SECONDS:
             times.append(once())
             log = bucket.take_log()
         figures[f"at_{latency}_ms_seconds"] = median(times)

@@ -191,7 +191,7 @@ class Growth(Case):
         from tensorstore_fmt.testing.storage import CountingStorage
 
         length = self._setting.lengths_s[contestant.writers]
-        flushes = 80 if place.quick else round(length / self._setting.interval_s)
+        flushes = 2 * SAMPLES if place.quick else round(length / self._setting.interval_s)
         url = str(place.kept / "run") if self._setting.is_local else "memory://growth"
         storages = [
             CountingStorage(open_storage(url, writable=True)) for _ in range(contestant.writers)
