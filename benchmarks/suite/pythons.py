@@ -19,7 +19,10 @@ def version(name):
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-missing = [m for m in modules if importlib.util.find_spec(m) is None]
+def is_there(module):
+    parents = module.split(".")[:-1]  # without them, to look for it raises
+    return (not parents or is_there(".".join(parents))) and importlib.util.find_spec(module)
+missing = [m for m in modules if not is_there(m)]
 versions = {d: version(d) for d in distributions}
 if "tensorstore_fmt" in modules and not missing:
     from tensorstore_fmt.format import kernel
