@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import operator
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,6 +62,16 @@ MAX_BATCH_NBYTES: Final = 2 * layout.MAX_CHUNK_NBYTES
 """More payload than this is never put into one record batch."""
 
 _TAIL: Final = struct.Struct("<qqIIqBBIIQI")
+
+
+_OF_SERIES: Final = (
+    "name", "kind", "mode", "dtype", "shape", "grid", "global_shape", "origin",
+)  # fmt: skip
+_OF_ROW: Final = tuple(
+    f.name for f in SHARD_SCHEMA if f.name not in (*_OF_SERIES, "row_crc", "payload")
+)
+_series_values: Final = operator.attrgetter(*_OF_SERIES)
+_row_values: Final = operator.attrgetter(*_OF_ROW)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,6 +243,9 @@ class ShardEncoder:
                 before = row.series
                 begun = _series_crc(self._run_id, self.name.key, before)
             crcs.append(_with_row(begun, row))
+        # One call a row for all that it holds.
+        values = dict(zip(_OF_ROW, zip(*map(_row_values, rows), strict=True), strict=True))
+        values |= zip(_OF_SERIES, zip(*map(_series_values, series), strict=True), strict=True)
         columns: list[pa.Array] = []
         for field in SHARD_SCHEMA:
             name = field.name
@@ -246,13 +260,11 @@ class ShardEncoder:
             elif name == "row_crc":
                 columns.append(fixed(crcs, pa.uint32()))
             elif name in ("shape", "grid", "global_shape", "origin"):
-                columns.append(Ragged.of_ints([getattr(s, name) for s in series]).to_arrow_list())
+                columns.append(Ragged.of_ints(values[name]).to_arrow_list())
             elif name in ("name", "dtype"):
-                columns.append(texts([getattr(s, name) for s in series]))
-            elif name in ("kind", "mode"):
-                columns.append(fixed([getattr(s, name) for s in series], field.type))
+                columns.append(texts(values[name]))
             else:
-                columns.append(fixed([getattr(row, name) for row in rows], field.type))
+                columns.append(fixed(values[name], field.type))
         return pa.RecordBatch.from_arrays(columns, schema=self._schema)
 
     def seal(self) -> list[Stored]:
