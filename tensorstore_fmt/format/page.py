@@ -350,6 +350,7 @@ def decode_entries(
 def _check_limits(entries: Entries, where: str) -> None:
     rows = entries.rows
     count = np.maximum(rows["count"].astype(np.int64), 1)
+    reach = (layout.MAX_STEP - rows["step"]) // np.maximum(count - 1, 1)
     if (
         int(count.max()) > layout.MAX_ENTRY_STEPS
         or int(rows["nbytes"].max()) > layout.MAX_CHUNK_NBYTES
@@ -357,7 +358,7 @@ def _check_limits(entries: Entries, where: str) -> None:
         or int(entries.inline.lengths.max()) > layout.MAX_INLINE_NBYTES
         or (len(entries.dims.values) and int(entries.dims.values.max()) > layout.MAX_AXIS)
         or int(rows["step"].max()) > layout.MAX_STEP
-        or (rows["stride"] > (layout.MAX_STEP - rows["step"]) // np.maximum(count - 1, 1)).any()
+        or ((rows["stride"] > reach) & (count > 1)).any()
     ):
         raise LimitError(f"{where}: an entry is above the limits")
 

@@ -30,6 +30,7 @@ from tensorstore_fmt.reading.run import Run, open_run
 from tensorstore_fmt.reading.session import Session
 from tensorstore_fmt.storage import open_storage
 from tensorstore_fmt.testing.storage import CountingStorage
+from tensorstore_fmt.writing.run import create_run
 
 
 @pytest.fixture
@@ -486,6 +487,17 @@ def test_parts_of_different_tensors_do_not_go_together(build: RunBuilder) -> Non
     with pytest.raises(FormatError) as caught:
         open_run(build.url)["x"].read(step=0)
     assert caught.value.code == "parts"
+
+
+@pytest.mark.parametrize("before", [0, 1, 2])
+def test_the_last_step_there_can_be(tmp_path: Path, before: int) -> None:
+    steps = range(layout.MAX_STEP - before, layout.MAX_STEP + 1)
+    with create_run(tmp_path / "run") as writer:
+        for step in steps:
+            writer.log({"x": float(before)}, step=step)
+    run = open_run(str(tmp_path / "run"))
+    assert run["x"].read(step=layout.MAX_STEP) == before
+    assert run.steps().tolist() == list(steps) == list(run.follow())
 
 
 def test_a_part_beyond_its_tensor_is_refused(build: RunBuilder) -> None:

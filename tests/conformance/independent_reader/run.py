@@ -212,13 +212,14 @@ class Run:
         """Read a selection of one saved tensor, chunk by chunk."""
         shape, grid = found.shape, found.series.grid
         check_part(found.series, shape)
-        result = np.empty([len(r) for r in ranges], DTYPES[found.series.dtype])
-        if not result.size:
-            return result  # no chunk is touched
+        lengths = [len(r) for r in ranges]
+        if 0 in lengths:  # no chunk is touched
+            return np.empty(lengths, DTYPES[found.series.dtype])
         for entry in found.entries:
             check_use(found.series, entry)
         # Each number is below the count and stands once, so the length says all.
         need(len(found.entries) == count_chunks(shape, grid), "chunks are missing")
+        result = np.empty(lengths, DTYPES[found.series.dtype])
         for entry in found.entries:
             box = chunk_box(shape, grid, entry.chunk)
             picked = [pick(r, a, b) for r, (a, b) in zip(ranges, box, strict=True)]
