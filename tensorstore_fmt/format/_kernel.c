@@ -152,7 +152,7 @@ FAST static void join_words(uint8_t *const *planes, const int *is_single, uint8_
             join2(block, 4 * m, halves, halves + BLOCK / 2);
         }
         if (rotated) rotate(block, block, m, w, 8 * w - 1);
-        for (int i = 0; i < w; i++) p[i] += is_single[i] ? 0 : step;
+        for (int i = 0; i < w; i++) p[i] += is_single[i] ? 0 : m;
     }
 }
 
