@@ -39,7 +39,7 @@ class Pattern:
 
     def tensor(self, step: int, *, quick: bool) -> np.ndarray:
         """Give the tensor of a step; those beyond what the kind has are rolled along an axis."""
-        tensors = datasets.load(self.kind, quick=quick)
+        tensors = np.asarray(datasets.load(self.kind, quick=quick))
         # Only of the quick data there is less than that.
         values = np.resize(tensors[step % len(tensors)], self.shape)
         return np.roll(values, step // len(tensors), axis=-1)

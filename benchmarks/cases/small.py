@@ -38,7 +38,8 @@ class Small(Case):
         return [Ours, OursSteps, OursNumPy, *known.stores()]
 
     def _items(self, steps: int, *, quick: bool) -> list[Item]:
-        flat = datasets.load("hidden_f32", quick=quick).reshape(-1)
+        # Arrays of NumPy's own type, not of the mapped file's.
+        flat = np.asarray(datasets.load("hidden_f32", quick=quick)).reshape(-1)
         size = SHAPE[0] * SHAPE[1]
         numbers = np.arange(steps * TENSORS) % (flat.size // size)
         return [
