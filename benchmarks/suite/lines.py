@@ -80,10 +80,12 @@ def _looks(contestants: Sequence[str]) -> dict[str, dict[str, Any]]:
     for contestant in dict.fromkeys(contestants):
         is_ours = contestant.startswith("ours")
         palette, number = _OURS if is_ours else _COLOURS, counts[is_ours]
+        cycle = number // len(palette)  # more contestants than colours: other lines and markers
         counts[is_ours] += 1
         looks[contestant] = {
             "color": palette[number % len(palette)],
-            "marker": _MARKERS[number % len(_MARKERS)],
+            "marker": _MARKERS[(number + cycle) % len(_MARKERS)],
+            "linestyle": (":", "-")[cycle == 0],
             "linewidth": 2.2 if is_ours else 1.3,
             "markersize": 5 if is_ours else 4,
             "zorder": 3 if is_ours else 2,
@@ -94,13 +96,11 @@ def _looks(contestants: Sequence[str]) -> dict[str, dict[str, Any]]:
 def _draw(axes: Any, panel: Panel, looks: dict[str, dict[str, Any]]) -> None:
     for line in panel.lines:
         look = looks[line.contestant]
-        many = len(line.points) > 40
         axes.plot(
             [x for x, _ in line.points],
             [y for _, y in line.points],
             label=line.label,
-            linestyle="--" if line.is_dashed else "-",
-            **{**look, **({"marker": "", "linewidth": 1.4} if many else {})},
+            **{**look, **({"linestyle": "--"} if line.is_dashed else {})},
         )
     if "x" in panel.log:
         axes.set_xscale("log")
