@@ -186,7 +186,7 @@ class ColdCurve(Cold):
     data = "four float64 numbers saved at each of 1,000 steps; read all steps of one"
 
     def series(self, *, quick: bool) -> list[Series]:
-        steps = 50 if quick else 1000
+        steps = 12 if quick else 1000
         return [Series(name, (), "float64", steps) for name in ("loss", "accuracy", "lr", "norm")]
 
     def values(self, series: Series, step: int) -> np.ndarray:
@@ -213,7 +213,7 @@ class ColdSteps(Cold):
         self._walks: dict[str, tuple[np.random.Generator, np.ndarray, int]] = {}
 
     def series(self, *, quick: bool) -> list[Series]:
-        steps = 50 if quick else 1000
+        steps = 12 if quick else 1000
         return [Series(name, (16, 1024), "float32", steps) for name in ("up", "down")]
 
     def values(self, series: Series, step: int) -> np.ndarray:
