@@ -91,6 +91,8 @@ class Store(Contestant):
     compresses: ClassVar[bool]
     reads_parts: ClassVar[bool]  # a part of a tensor costs less than all of it
     takes_s3: ClassVar[bool] = False  # endpoint and credentials come from AWS_* variables
+    in_files: float | None = None
+    """When the last `write` had everything in files, if it went on to make that durable."""
 
     def write(self, place: str | Path, series: Sequence[Series], items: Iterable[Item]) -> None:
         """Store a stream in the order it comes, and close: all data are in files then."""

@@ -77,6 +77,7 @@ class Trials:
         overrides_prepare = type(case).prepare is not Case.prepare
         if overrides_prepare and not (kept / ".prepared").exists():
             self._child(case, contestant, kept, kept, "--prepare")
+        os.sync()  # what others wrote is not still on its way to the disk while this one is timed
         scratch = Path(tempfile.mkdtemp(prefix="trial-", dir=self.scratch))
         try:
             lines = self._child(case, contestant, kept, scratch).splitlines()
