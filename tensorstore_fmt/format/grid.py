@@ -57,8 +57,8 @@ def choose_grid(
 
     Trailing axes stay whole as long as they fit. Leading axes of something that is
     large already (attention ``(B, H, S, S)``) are split down to 1, so that one matrix is
-    one chunk. Lengths are powers of two, so that a name whose shape changes from step to
-    step uses few different grids.
+    one chunk. Lengths are powers of two, or one and a half times one, so that a name whose shape
+    changes from step to step uses few different grids.
     """
     if not shape or math.prod(shape) * itemsize <= target_nbytes:
         return (0,) * len(shape)
@@ -69,6 +69,7 @@ def choose_grid(
         axis -= 1
     is_batched = inner >= _BATCHED_NBYTES and axis < len(shape) - 2
     length = 1 if is_batched else max(1, target_nbytes // inner)
-    grid[axis] = min(1 << (length.bit_length() - 1), shape[axis])
+    power = 1 << (length.bit_length() - 1)
+    grid[axis] = min(power + power // 2 if power + power // 2 <= length else power, shape[axis])
     grid[:axis] = [1] * axis
     return tuple(grid)
