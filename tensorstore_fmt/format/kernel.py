@@ -35,7 +35,13 @@ class Kernel(Protocol):
     def split(self, raw: NDArray[Any], planes: Sequence[NDArray[Any]], rotated: bool, /) -> None:  # noqa: FBT001 - positional in C
         """See `planes.split`."""
 
-    def join(self, planes: Sequence[NDArray[Any]], out: NDArray[Any], rotated: bool, /) -> None:  # noqa: FBT001 - positional in C
+    def join(
+        self,
+        planes: Sequence[NDArray[Any] | memoryview],
+        out: NDArray[Any],
+        rotated: bool,  # noqa: FBT001 - positional in C
+        /,
+    ) -> None:
         """See `planes.join`."""
 
     def statistics(

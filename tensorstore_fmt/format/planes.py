@@ -91,7 +91,7 @@ def split(raw: Bytes, planes: Sequence[Bytes], *, rotated: bool) -> None:
             _split_block(block, targets)
 
 
-def join(planes: Sequence[Bytes], out: Bytes, *, rotated: bool) -> None:
+def join(planes: Sequence[Bytes | memoryview], out: Bytes, *, rotated: bool) -> None:
     """Write words whose byte i comes from plane i: undo `split`.
 
     Parameters
@@ -107,16 +107,17 @@ def join(planes: Sequence[Bytes], out: Bytes, *, rotated: bool) -> None:
     if kernel.active is not None:
         kernel.active.join(planes, out, rotated)
         return
-    w = len(planes)
+    arrays = [np.asarray(plane, np.uint8) for plane in planes]
+    w = len(arrays)
     if w == 1 and not rotated:
-        np.copyto(out, planes[0])
+        np.copyto(out, arrays[0])
         return
     words = out.view(_WORDS[w])
-    planes = [np.broadcast_to(p, len(words)) if len(p) == 1 else p for p in planes]
+    arrays = [np.broadcast_to(p, len(words)) if len(p) == 1 else p for p in arrays]
     per_block = BLOCK_NBYTES // w
     for start in range(0, len(words), per_block):
         block = words[start : start + per_block]
-        sources = [plane[start : start + per_block] for plane in planes]
+        sources = [plane[start : start + per_block] for plane in arrays]
         if block.nbytes <= _STRIDED_NBYTES[w]:
             joined = block.view(np.uint8)
             for i, source in enumerate(sources):
