@@ -30,11 +30,13 @@ from tensorstore_fmt.storage.ranged import (
 )
 from tensorstore_fmt.storage.remote import ObjectStore, OpenStore, WritableStore, check_options
 from tensorstore_fmt.storage.retry import TransientError
+from tensorstore_fmt.storage.s3_clients import Client, Clients, shared_clients
 
 T = TypeVar("T")
 
 _OURS: Final = {"self", "kwargs", "asynchronous", "loop"}
 _PUT_ID: Final = "tensorstore-fmt-put"  # user metadata that tells our put from another's
+_MOST_ROUNDS: Final = 4  # for which a client has connections at once: of runs that share it
 _DELETE_KEYS: Final = 1000  # the most that one request takes
 
 _TRANSIENT_CODES: Final = {
@@ -99,26 +101,18 @@ def s3_opener(url: str, options: Mapping[str, object]) -> OpenStore:
     # Retries are counted above; ours must be the only ones, or 30 s become minutes.
     config = {
         "retries": {"total_max_attempts": 1, "mode": "standard"},
-        "max_pool_connections": ObjectStore.max_in_flight,
+        "max_pool_connections": _MOST_ROUNDS * ObjectStore.max_in_flight,
         **config,
     }
 
     def open_store(loop: asyncio.AbstractEventLoop) -> ObjectStore:
+        clients = shared_clients()
         try:
-            filesystem = s3fs.S3FileSystem(
-                **{**options, "config_kwargs": config},
-                # Otherwise s3fs registers a finalizer that closes inherited connections in
-                # forked children, which makes the parent deaf.
-                asynchronous=True,
-                loop=loop,
-                skip_instance_cache=True,
-                use_listings_cache=False,
-            )
+            client = clients.lease(loop, {**options, "config_kwargs": config})
         except (TypeError, ValueError, KeyError) as error:
             raise ArgumentError(f"{where}: {error}") from error
-        filesystem.retries = 1
-        bucket, key, _ = filesystem.split_path(url)
-        return S3Store(filesystem, bucket, key.strip("/"), where)
+        bucket, key, _ = client.filesystem.split_path(url)
+        return S3Store(clients, client, bucket, key.strip("/"), where)
 
     return open_store
 
@@ -130,8 +124,12 @@ def _parameters(kind: type) -> set[str]:
 class S3Store(WritableStore):
     """Single requests to one bucket."""
 
-    def __init__(self, filesystem: Any, bucket: str, root: str, where: str) -> None:  # noqa: ANN401 - untyped
-        self._fs = filesystem
+    def __init__(
+        self, clients: Clients, client: Client, bucket: str, root: str, where: str
+    ) -> None:
+        self._clients = clients
+        self._leased = client
+        self._fs = client.filesystem
         self._bucket = bucket
         self._prefix = f"{root}/" if root else ""
         self._where = where
@@ -315,10 +313,8 @@ class S3Store(WritableStore):
                     raise self._error(str(row.get("Key")), code, 0, text)
 
     async def close(self) -> None:
-        """Close connections."""
-        creator = getattr(self._fs, "_s3creator", None)
-        if creator is not None:
-            await creator.__aexit__(None, None, None)
+        """Give the client back, whose connections the next run may use."""
+        await self._clients.give_back(self._leased)
 
     # --- requests and their failures ------------------------------------------
     def _name(self, path: str) -> str:
@@ -351,6 +347,7 @@ class S3Store(WritableStore):
             if isinstance(error, _NETWORK):
                 raise TransientError(self._failed(path, error)) from error
             if isinstance(error, _NO_CREDENTIALS):
+                self._clients.unshare(self._leased)
                 raise PermissionError(
                     errno.EACCES, f"no credentials for the bucket {self._bucket}: {error}",
                     self._name(path),
@@ -372,6 +369,7 @@ class S3Store(WritableStore):
                 errno.ENXIO, f"the bucket {self._bucket} does not exist", self._where
             )
         if code in _DENIED_CODES or status in _DENIED_STATUS:
+            self._clients.unshare(self._leased)
             return PermissionError(
                 errno.EACCES, f"access to the bucket {self._bucket} was denied: {said}", name
             )
