@@ -102,6 +102,31 @@ def test_calls_for_each_chunk_that_is_read(tmp_path: Path, implementation: str) 
     assert for_one(action, 20, 100) <= {"numpy": 80, "compiled": 60}[implementation]
 
 
+def test_calls_for_each_value_that_is_read(tmp_path: Path) -> None:
+    names = [f"{i}" for i in range(100)]
+    with tsf.create_run(tmp_path / "run", flush_interval_s=3600) as run:
+        for step in range(20):
+            run.log(dict.fromkeys(names, float(step)), step=step)
+
+    def action(values: int) -> None:
+        with tsf.open_run(tmp_path / "run") as run:
+            assert run.read([(name, 19, ()) for name in names[:values]]) == [19.0] * values
+
+    assert for_one(action, 20, 100) <= 95
+
+
+def test_calls_for_a_view(tmp_path: Path) -> None:
+    write(tmp_path / "run", {"w": weights(CHUNK)}, compression="none")
+    with tsf.open_run(tmp_path / "run") as run:
+        tensor = run["w"]
+
+        def action(views: int) -> None:
+            for _ in range(views):
+                tensor.view(step=0)
+
+        assert for_one(action, 1, 11) <= 90
+
+
 def test_calls_for_each_small_tensor(tmp_path: Path) -> None:
     tensors = {f"{i}": weights(4096) for i in range(20)}
 

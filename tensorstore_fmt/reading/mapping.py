@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import crc32c
@@ -13,6 +14,7 @@ from tensorstore_fmt import dtypes
 from tensorstore_fmt.errors import ArgumentError, ChecksumError
 from tensorstore_fmt.format import layout
 from tensorstore_fmt.reading.assembly import assemble, choose
+from tensorstore_fmt.reading.locate import Located, locate
 from tensorstore_fmt.reading.reader import Ask, check_name
 from tensorstore_fmt.reading.session import Session
 from tensorstore_fmt.reading.timeline import timelines
@@ -37,43 +39,55 @@ def map_view(session: Session, ask: Ask) -> NDArray[Any]:
         )
 
     def work(view: View) -> NDArray[Any]:
-        check_name(view, name)
+        (located,) = locate(view, session.pages, [ask.query])
+        if located is None:
+            check_name(view, name)
         if not session.storage.is_local or sys.byteorder == "big":
             raise refuse("the run is not local, or this machine is big-endian")
-        (line,) = timelines(view, session.pages, [ask.query])
-        assembly = assemble(choose(view, line, ask.wanted), ())
-        found = assembly.found
-        if assembly.dtype == dtypes.STRING:
-            raise refuse("strings have no NumPy form on disk")
-        if len(assembly.groups) != 1 or len(assembly.groups[0].touched) != 1:
-            raise refuse("it is not stored as exactly one chunk")
-        (group,) = assembly.groups
-        row = found.entries.rows[int(group.entry[0, 0])]
-        if row["codec"] != layout.CODEC_RAW:
-            coding = layout.CODEC_NAMES.get(int(row["codec"]), str(row["codec"]))
+        if located is None:
+            located = _planned(view, session, ask, refuse)
+        if located.codec != layout.CODEC_RAW:
+            coding = layout.CODEC_NAMES.get(located.codec, str(located.codec))
             raise refuse(f"its codec is {coding}, not raw (write it with compression='none')")
-        if row["shard"] == layout.INLINE_SHARD:
+        if located.is_inline:
             raise refuse("it is small and lies in the index")
-        shard, shard_nbytes = found.source_of(int(group.entry[0, 0])).segment.head.shards[
-            int(row["shard"])
-        ]
-        begin, nbytes = int(row["offset"]), int(row["nbytes"])
-        if begin + nbytes > shard_nbytes or nbytes != row["raw_nbytes"]:
+        shard, shard_nbytes = located.source.segment.head.shards[located.shard]
+        begin, nbytes = located.offset, located.nbytes
+        if begin + nbytes > shard_nbytes or nbytes != located.raw_nbytes:
             raise refuse("the index contradicts itself")
-        payload = session.storage.map(shard.path, begin + nbytes)[begin : begin + nbytes]
-        key = (shard.path, begin, int(row["crc32c"]))
+        path = shard.path
+        payload = session.storage.map(path, begin + nbytes)[begin : begin + nbytes]
+        key = (path, begin, located.crc32c)
         if key not in session.checked:
             _check(key, payload, name)
             session.checked.add(key)
-        dtype = dtypes.numpy_dtype(assembly.dtype)
-        shape = group.touched.boxes[0]
-        array: NDArray[Any] = np.frombuffer(payload, dtype).reshape(-1, *shape)[
-            int(group.inner[0, 0])
-        ]
+        array: NDArray[Any] = np.frombuffer(payload, located.dtype)
+        array = array.reshape(-1, *located.shape)[located.inner]
         array.flags.writeable = False
         return array
 
     return session.do(work)
+
+
+def _planned(
+    view: View, session: Session, ask: Ask, refuse: Callable[[str], ArgumentError]
+) -> Located:
+    """Find the only chunk of what is not simple, or say why it is not there or cannot be mapped."""
+    (line,) = timelines(view, session.pages, [ask.query])
+    assembly = assemble(choose(view, line, ask.wanted), ())
+    if assembly.dtype == dtypes.STRING:
+        raise refuse("strings have no NumPy form on disk")
+    if len(assembly.groups) != 1 or len(assembly.groups[0].touched) != 1:
+        raise refuse("it is not stored as exactly one chunk")
+    (group,) = assembly.groups
+    found, entry = assembly.found, int(group.entry[0, 0])
+    return Located.of(
+        found.source_of(entry),
+        found.entries,
+        entry,
+        inner=int(group.inner[0, 0]),
+        shape=group.touched.boxes[0],
+    )
 
 
 def _check(key: tuple[str, int, int], payload: memoryview, name: str) -> None:

@@ -22,6 +22,7 @@ from tensorstore_fmt.reading.absence import absence, describe_query
 from tensorstore_fmt.reading.assembly import Assembly, assemble, choose
 from tensorstore_fmt.reading.entries import Query
 from tensorstore_fmt.reading.fetch import check_room, read_all
+from tensorstore_fmt.reading.locate import locate, read_located
 from tensorstore_fmt.reading.selection import normalize
 from tensorstore_fmt.reading.session import Session
 from tensorstore_fmt.reading.steps import StepSet
@@ -32,6 +33,7 @@ __all__ = ["Ask", "check_all_is_there", "check_name", "read", "visible"]
 
 _MOST_COMPARED = 20_000
 _NEARBY = 1 << 20
+_MOST_ALONE_NBYTES = 2 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,19 +110,41 @@ def read(session: Session, asks: Sequence[Ask]) -> list[Any]:
     """
 
     def work(view: View) -> list[Any]:
-        for ask in asks:
-            check_name(view, ask.query.name)
-        lines = timelines(view, session.pages, [ask.query for ask in asks])
-        assemblies = [
-            _assembly(view, session, ask, line) for ask, line in zip(asks, lines, strict=True)
-        ]
-        arrays = iter(read_all(session.storage, [a for a in assemblies if isinstance(a, Assembly)]))
-        return [
-            _shaped(ask, next(arrays) if isinstance(each, Assembly) else each)
-            for ask, each in zip(asks, assemblies, strict=True)
-        ]
+        values = _read_located(view, session, asks)
+        rest = [ask for ask, value in zip(asks, values, strict=True) if value is None]
+        if not rest:
+            return values
+        planned = iter(_read_planned(view, session, rest))
+        return [next(planned) if value is None else value for value in values]
 
     return session.do(work)
+
+
+def _read_located(view: View, session: Session, asks: Sequence[Ask]) -> list[NDArray[Any] | None]:
+    """Read what lies in one chunk; None for what has to be planned."""
+    for ask in asks:
+        if not ask.is_single or not isinstance(ask.index, tuple) or ask.index:
+            return [None] * len(asks)
+    found = locate(view, session.pages, [ask.query for ask in asks])
+    in_shards = sum([each.nbytes for each in found if each is not None and not each.is_inline])
+    if in_shards > _MOST_ALONE_NBYTES:  # neighbours are better read together, in threads
+        found = [each if each is not None and each.is_inline else None for each in found]
+    return [None if each is None else read_located(session.storage, each) for each in found]
+
+
+def _read_planned(view: View, session: Session, asks: Sequence[Ask]) -> list[Any]:
+    """Read anything: one round for the index, if needed, and one for the data."""
+    for ask in asks:
+        check_name(view, ask.query.name)
+    lines = timelines(view, session.pages, [ask.query for ask in asks])
+    assemblies = [
+        _assembly(view, session, ask, line) for ask, line in zip(asks, lines, strict=True)
+    ]
+    arrays = iter(read_all(session.storage, [a for a in assemblies if isinstance(a, Assembly)]))
+    return [
+        _shaped(ask, next(arrays) if isinstance(each, Assembly) else each)
+        for ask, each in zip(asks, assemblies, strict=True)
+    ]
 
 
 def _assembly(view: View, session: Session, ask: Ask, line: Timeline) -> Assembly | NDArray[Any]:
