@@ -105,10 +105,12 @@ class Training(Case):
         contestant.attach(
             saved.model, saved.optimizer, saved.loss, place.scratch / "run", self._every
         )
-        steps = 4 if place.quick else PHASE_STEPS
+        steps = self._every if place.quick else PHASE_STEPS
         bare.run(steps)
         saved.run(steps)
         contestant.settle()
+        contestant.begin()
+        warm = saved.step
         times = {"bare": 0.0, "saved": 0.0}
         for _ in range(1 if place.quick else PHASES):
             times["bare"] += bare.run(steps)
@@ -120,14 +122,14 @@ class Training(Case):
         figures = contestant.close()
         if bare.losses != saved.losses:
             raise RuntimeError(f"{contestant.name} changed the training")
-        saves = -(-saved.step // self._every)
+        saves = -(-saved.step // self._every) - -(-warm // self._every)
         log_s = figures.pop("log_seconds", None)
         if log_s is not None:
             figures["blocked_seconds"] = log_s / saves
         return {
             "slowdown": times["saved"] / times["bare"] - 1,
             "step_seconds": times["bare"] / (steps * (1 if place.quick else PHASES)),
-            "stored_bytes": tree_nbytes(place.scratch / "run") / saves,
+            "stored_bytes": tree_nbytes(place.scratch / "run") / -(-saved.step // self._every),
             **figures,
         }
 

@@ -29,6 +29,9 @@ class Saver(Contestant):
     def settle(self) -> None:
         """Wait until what was given to the background is stored."""
 
+    def begin(self) -> None:
+        """Learn that what went before was to warm up, and is not measured."""
+
     def close(self) -> dict[str, float]:
         """Store all; give figures of its own."""
         return {}
@@ -59,13 +62,17 @@ class OursHook(Saver):
     def settle(self) -> None:
         self._hook.run.flush()
 
+    def begin(self) -> None:
+        # No public name gives it before the run is closed.
+        self._before_s = self._hook.run._log_s
+
     def close(self) -> dict[str, float]:
         run = self._hook.run
         self._hook.remove()
         report = run.close()
         if report.dropped or self._hook.failures:
             raise RuntimeError(f"{report}; {self._hook.failures}")
-        return {"log_seconds": report.log_s, "stall_seconds": report.stalled_s}
+        return {"log_seconds": report.log_s - self._before_s, "stall_seconds": report.stalled_s}
 
 
 class _Capture(Saver):
@@ -111,26 +118,24 @@ class Copies(_Capture):
         self.buffers: dict[str, Any] = {}
         self.seconds, self.nbytes, self.saves = 0.0, 0, 0
 
+    def begin(self) -> None:
+        self.seconds, self.nbytes, self.saves = 0.0, 0, 0
+
     def after_backward(self, step: int) -> None:
         if not self.is_due:
             return
         found = list(self.tensors())
-        is_first = not self.buffers
-        for name, tensor in found if is_first else ():
-            self.buffers[name] = tensor.clone()
+        if not self.buffers:
+            self.buffers = {name: tensor.clone() for name, tensor in found}
         begin = time.perf_counter()
         for name, tensor in found:
             self.buffers[name].copy_(tensor)
-        if not is_first:
-            self.seconds += time.perf_counter() - begin
-            self.saves += 1
-            self.nbytes += sum(tensor.nbytes for _, tensor in found)
+        self.seconds += time.perf_counter() - begin
+        self.saves += 1
+        self.nbytes += sum(tensor.nbytes for _, tensor in found)
 
     def close(self) -> dict[str, float]:
-        return {
-            "log_seconds": self.seconds / max(1, self.saves) * (self.saves + 1),
-            "save_bytes": self.nbytes / max(1, self.saves),
-        }
+        return {"log_seconds": self.seconds, "save_bytes": self.nbytes / self.saves}
 
 
 class TorchSave(_Capture):
