@@ -5,32 +5,30 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
-import crc32c
 import numpy as np
 from numpy.typing import NDArray
 
 from tensorstore_fmt import dtypes
 from tensorstore_fmt.errors import (
-    ChecksumError,
     FormatError,
     LimitError,
     MissingFileError,
     TensorStoreError,
 )
-from tensorstore_fmt.format import codec, layout
-from tensorstore_fmt.format.strings import unpack_strings
+from tensorstore_fmt.format import layout
 from tensorstore_fmt.reading import pool
 from tensorstore_fmt.reading.assembly import Assembly, Group
 from tensorstore_fmt.reading.entries import Found
 from tensorstore_fmt.reading.inline import gather_rows
+from tensorstore_fmt.reading.placing import Decoder, Payload, straight_places
 from tensorstore_fmt.reading.plan import merge_ranges
+from tensorstore_fmt.reading.raw import RawPayloads, read_raw
 from tensorstore_fmt.storage import Range, Storage
 
 __all__ = ["check_room", "read_all"]
@@ -40,26 +38,9 @@ _Array = NDArray[Any]
 
 _THREADED_NBYTES: Final = 1024 * 1024
 _REMOTE_BATCH_NBYTES: Final = 32 * 1024 * 1024  # two of them are in memory
+_STRAIGHT_NBYTES: Final = 256 * 1024  # less is better merged with what others ask for
 _LOCAL_BATCH_NBYTES: Final = 2 * 1024 * 1024
 _REMOTE_REQUEST_NBYTES: Final = 8 * 1024 * 1024
-_KEPT_SCRATCH_NBYTES: Final = 1024 * 1024
-
-
-class _Scratch(threading.local):
-    """Room for one raw chunk, kept by each thread if it is small."""
-
-    def __init__(self) -> None:
-        self.room = np.empty(0, np.uint8)
-
-    def take(self, nbytes: int) -> NDArray[np.uint8]:
-        if nbytes > _KEPT_SCRATCH_NBYTES:
-            return np.empty(nbytes, np.uint8)
-        if len(self.room) < nbytes:
-            self.room = np.empty(max(nbytes, 64 * 1024), np.uint8)
-        return self.room[:nbytes]
-
-
-_scratch = _Scratch()
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +77,7 @@ class _Fill:
     group: Group
     units: _Units
     target: _Array  # steps of the result × all axes, ascending
+    straight: _I64 | None  # first byte of each unit in the target; None: they do not lie there so
 
     @property
     def name(self) -> str:
@@ -130,9 +112,14 @@ def read_all(storage: Storage, assemblies: Sequence[Assembly]) -> list[_Array]:
             part = target[(slice(None), *(slice(a, b) for a, b in group.places))]
             rest = _fill_inline(assembly, group, part)
             if rest is not None:
-                fills.append(_Fill(assembly, rest, _units(assembly, rest, files), part))
+                units = _units(assembly, rest, files)
+                straight = _straight(assembly, rest, units, part)
+                fills.append(_Fill(assembly, rest, units, part, straight))
+    paths = [name.path for name in files]
+    if storage.is_local:
+        fills = [fill for fill in fills if not _is_read_raw(storage, paths, fill)]
     if fills:
-        _Reader(storage, [name.path for name in files], fills).run()
+        _Reader(storage, paths, fills).run()
     return [_finish(assembly, result) for assembly, result in zip(assemblies, results, strict=True)]
 
 
@@ -237,6 +224,35 @@ def _units(assembly: Assembly, group: Group, files: dict[layout.ShardName, int])
         number,
         inner,
     )
+
+
+def _straight(assembly: Assembly, group: Group, units: _Units, target: _Array) -> _I64 | None:
+    """Give the byte of the target at which each payload's values begin, if all can be put so."""
+    if assembly.dtype == dtypes.STRING or len(units.number) != len(units.entry):
+        return None
+    rows = assembly.found.entries.rows[units.entry]
+    if ((rows["count"] != 1) & (rows["flags"] & layout.ENTRY_REPEAT == 0)).any():
+        return None
+    places = straight_places(group.touched, target)
+    if places is None:
+        return None
+    return units.number * (target.nbytes // len(target)) + places[units.chunk]
+
+
+def _is_read_raw(storage: Storage, paths: list[str], fill: _Fill) -> bool:
+    """Read a fill straight into its result, if all of it is raw; False: that has to be done yet.
+
+    Also if something is wrong: what it is, is found out by who reads it then.
+    """
+    if fill.straight is None or fill.target.nbytes < _STRAIGHT_NBYTES:
+        return False
+    units = fill.units
+    rows = fill.assembly.found.entries.rows[units.entry]
+    is_raw = (rows["codec"] == layout.CODEC_RAW) & (rows["nbytes"] == rows["raw_nbytes"])
+    if not is_raw.all() or (units.file < 0).any():
+        return False
+    raw = RawPayloads(units.file, units.offset, units.nbytes, fill.straight, rows["crc32c"])
+    return read_raw(storage, paths, raw, fill.target.reshape(-1).view(np.uint8))
 
 
 def _files_of(found: Found, entry: _I64, rows: _Array, files: dict[layout.ShardName, int]) -> _I64:
@@ -402,7 +418,10 @@ class _Reader:
             self._decode_of(self._fills[number], payloads[fills == number], data)
 
     def _decode_of(self, fill: _Fill, payloads: _I64, data: dict[int, memoryview]) -> None:
-        units, decoder = fill.units, _Decoder(fill)
+        units = fill.units
+        decoder = Decoder(
+            fill.group.touched, fill.target, units.number, units.inner, dtype=fill.assembly.dtype
+        )
         unit = self._unit_of[payloads]
         entry = units.entry[unit]
         rows = fill.assembly.found.entries.rows[entry]
@@ -425,9 +444,7 @@ class _Reader:
             entry.tolist(), request.tolist(), start.tolist(), rows["nbytes"].tolist(), strict=True
         )
         before: object = None
-        for (number, at, offset, nbytes), each in zip(
-            where, map(_Payload._make, what), strict=True
-        ):
+        for (number, at, offset, nbytes), each in zip(where, map(Payload._make, what), strict=True):
             if at >= 0:
                 payload = data[at][offset : offset + nbytes]
             else:
@@ -466,128 +483,3 @@ def _spread(batches: Sequence[_Batch], n: int) -> list[list[_Batch]]:
     n = min(n, len(batches))
     borders = [len(batches) * i // n for i in range(n + 1)]
     return [list(batches[a:b]) for a, b in itertools.pairwise(borders)]
-
-
-class _Payload(NamedTuple):
-    """What the index says of a payload, and which rows of the units' columns are its steps."""
-
-    chunk: int
-    begin: int
-    end: int
-    raw_nbytes: int
-    codec: int
-    crc32c: int
-    kept: int
-
-
-class _Decoder:
-    """Puts the payloads of one fill in their places; for one thread."""
-
-    def __init__(self, fill: _Fill) -> None:
-        self._touched = fill.group.touched
-        self._target = fill.target
-        self._number = fill.units.number
-        self._inner = fill.units.inner
-        self._dtype_name = fill.assembly.dtype
-        self._dtype = dtypes.numpy_dtype(fill.assembly.dtype)
-        self._is_string = fill.assembly.dtype == dtypes.STRING
-        self._last: _Array | None = None
-        self._spans: dict[int, tuple[int, int]] = {}
-
-    def put(self, payload: memoryview, what: _Payload, *, is_same: bool) -> None:
-        """Check and decode one payload; `is_same`: it is the one before (say, a frozen layer)."""
-        touched, target = self._touched, self._target
-        place, box = touched.places[what.chunk], touched.boxes[what.chunk]
-        if what.end - what.begin == 1:
-            first, inner = int(self._number[what.begin]), int(self._inner[what.begin])
-            rows: slice | _I64 = slice(first, first + 1)
-            taken: slice | _I64 = slice(inner, inner + 1)
-            is_all = what.kept == 1
-        else:
-            rows = _as_slice(self._number[what.begin : what.end])
-            taken = _as_slice(self._inner[what.begin : what.end])
-            is_all = (
-                isinstance(rows, slice)
-                and isinstance(taken, slice)
-                and taken == slice(0, what.kept, 1)
-            )
-        if is_same and self._last is not None:
-            values = self._last.reshape(what.kept, *box)
-        else:
-            found = crc32c.crc32c(payload)
-            if found != what.crc32c:
-                raise ChecksumError(
-                    f"checksum {found:08x}, expected {what.crc32c:08x}; the file is damaged, or "
-                    "was changed"
-                )
-            room = None
-            if is_all and touched.is_whole[what.chunk] and not self._is_string:
-                room = target[(rows, *place)]
-                room = room if room.flags.c_contiguous else None
-            values = self._last = self._values(payload, what, box, room)
-            if room is not None:
-                return
-        target[(rows, *place)] = values[(taken, *touched.local[what.chunk])]
-
-    def _span(self, what: _Payload, box: tuple[int, ...]) -> tuple[int, int] | None:
-        """Give the bytes of a chunk with one step that the selection lies in."""
-        if what.kept != 1 or self._is_string:
-            return None
-        span = self._spans.get(what.chunk)
-        if span is None:
-            span = self._spans[what.chunk] = _span(
-                box, self._touched.local[what.chunk], self._dtype.itemsize
-            )
-        return span
-
-    def _values(
-        self, payload: memoryview, what: _Payload, box: tuple[int, ...], room: _Array | None
-    ) -> _Array:
-        """Give the values of a payload, its steps × the box; written to `room`, if there is one."""
-        if room is None and what.codec == layout.CODEC_RAW and not self._is_string:
-            if len(payload) != what.raw_nbytes:
-                raise FormatError(
-                    f"raw payload of {len(payload)} bytes, expected {what.raw_nbytes}"
-                )
-            return np.frombuffer(payload, self._dtype).reshape(what.kept, *box)
-        raw = _scratch.take(what.raw_nbytes) if room is None else room.reshape(-1).view(np.uint8)
-        codec.decode(
-            payload,
-            raw,
-            codec=what.codec,
-            dtype=self._dtype_name,
-            rows=what.kept,
-            span=self._span(what, box) if room is None else None,
-        )
-        if self._is_string:
-            cut = unpack_strings(raw, what.kept * math.prod(box))
-            texts = np.empty(len(cut), object)
-            texts[:] = cut
-            return texts.reshape(what.kept, *box)
-        return raw.view(self._dtype).reshape(what.kept, *box)
-
-
-def _as_slice(numbers: _I64) -> slice | _I64:
-    """Give ascending numbers as a slice where they have even distances."""
-    distance = int(numbers[1] - numbers[0])
-    if distance > 0 and (np.diff(numbers) == distance).all():
-        return slice(int(numbers[0]), int(numbers[-1]) + 1, distance)
-    return numbers
-
-
-def _span(box: tuple[int, ...], local: tuple[slice, ...], itemsize: int) -> tuple[int, int]:
-    """Give the first and the last + 1 byte of a box in C order that a selection touches."""
-    begin, nbytes = 0, math.prod(box) * itemsize
-    for length, axis in zip(box, local, strict=True):
-        if not length:
-            return 0, 0
-        indices = range(*axis.indices(length))
-        if not indices:
-            return 0, 0
-        inner = nbytes // length
-        low, high = min(indices[0], indices[-1]), max(indices[0], indices[-1])
-        begin += low * inner
-        nbytes = (high - low + 1) * inner
-        if high > low:
-            break
-    return begin, begin + nbytes
