@@ -77,7 +77,7 @@ def for_one(action: Callable[[int], object], few: int, many: int) -> float:
 
 
 @pytest.mark.parametrize(
-    ("compression", "most"), [("auto", {"numpy": 200, "compiled": 170}),
+    ("compression", "most"), [("auto", {"numpy": 215, "compiled": 170}),
                               ("none", {"numpy": 120, "compiled": 95})],
 )  # fmt: skip
 def test_calls_for_each_chunk_that_is_written(
@@ -87,7 +87,7 @@ def test_calls_for_each_chunk_that_is_written(
         tensor = weights(chunks * CHUNK)
         write(tmp_path / f"{chunks}", {"w": tensor}, compression=compression)
 
-    assert for_one(action, 12, 28) <= most[implementation]
+    assert for_one(action, 28, 44) <= most[implementation]  # sampling is over
 
 
 def test_calls_for_each_chunk_that_is_read(tmp_path: Path, implementation: str) -> None:

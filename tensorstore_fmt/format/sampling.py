@@ -27,28 +27,43 @@ Compressors = Mapping[int, zstandard.ZstdCompressor]
 # --- settings -------------------------------------------------------------------
 RAW: Final = 0
 _ENTROPY: Final = 1  # zstd for exponents: nothing to match, only entropy
-_LEVEL_1: Final = 2
-LEVEL_3: Final = 3
-_LEVEL_6: Final = 4
+_ENTROPY_8K: Final = 2  # the same with a table for each 8 KiB: for what changes within a chunk
+_LEVEL_1: Final = 3
+LEVEL_3: Final = 4
+_LEVEL_3_8K: Final = 5
+_LEVEL_4: Final = 6
+_LAZY: Final = 7  # a better match may follow, in tables that stay in the first cache
 
-_ENTROPY_PARAMETERS: Final = zstandard.ZstdCompressionParameters(
-    strategy=zstandard.STRATEGY_FAST,
-    min_match=7,
-    hash_log=6,
-    chain_log=6,
-    window_log=17,
-    search_log=1,
-    target_length=0,
-)
+
+def _parameters(
+    strategy: int, *, logs: int, window_log: int
+) -> zstandard.ZstdCompressionParameters:
+    return zstandard.ZstdCompressionParameters(
+        strategy=strategy,
+        min_match=6 if strategy == zstandard.STRATEGY_LAZY else 7,
+        hash_log=logs,
+        chain_log=logs,
+        window_log=window_log,
+        search_log=1,
+        target_length=0,
+    )
 
 
 def compressors() -> Compressors:
     """Give new compressors, for one thread."""
+    fast, lazy = zstandard.STRATEGY_FAST, zstandard.STRATEGY_LAZY
+    of_level = zstandard.ZstdCompressionParameters.from_level
+    parameters = {
+        _ENTROPY: _parameters(fast, logs=6, window_log=17),
+        _ENTROPY_8K: _parameters(fast, logs=6, window_log=13),
+        _LEVEL_3_8K: of_level(3, source_size=64 * 1024, window_log=13),
+        _LEVEL_4: of_level(4, source_size=64 * 1024),
+        _LAZY: _parameters(lazy, logs=10, window_log=14),
+    }
+    levels = {_LEVEL_1: 1, LEVEL_3: 3}
     return {
-        _ENTROPY: zstandard.ZstdCompressor(compression_params=_ENTROPY_PARAMETERS),
-        _LEVEL_1: zstandard.ZstdCompressor(level=1),
-        LEVEL_3: zstandard.ZstdCompressor(level=3),
-        _LEVEL_6: zstandard.ZstdCompressor(level=6),
+        **{n: zstandard.ZstdCompressor(compression_params=of) for n, of in parameters.items()},
+        **{n: zstandard.ZstdCompressor(level=level) for n, level in levels.items()},
     }
 
 
@@ -56,12 +71,26 @@ def compressors() -> Compressors:
 _STRETCH_NBYTES: Final = 32 * 1024  # shorter, and nothing is found twice that is
 _STRETCHES: Final = 4
 
+# From fast to slow. Of whole chunks only what encodes them fast enough is tried.
+_OF_PLANES: Final = (_ENTROPY, _ENTROPY_8K, _LEVEL_1, LEVEL_3, _LEVEL_3_8K, _LEVEL_4)
+_OF_BYTES: Final = (_ENTROPY, _ENTROPY_8K, _LEVEL_1, LEVEL_3, _LAZY)
+_OF_WORDS: Final = (_ENTROPY, _LEVEL_1, LEVEL_3)
+
 # A slower setting has to save this fraction of what the faster ones leave.
-_PAYS: Final = {_ENTROPY: 1 / 64, _LEVEL_1: 1 / 64, LEVEL_3: 1 / 64, _LEVEL_6: 1 / 8}
+_PAYS: Final = {
+    _ENTROPY: 1 / 64,
+    _ENTROPY_8K: 1 / 64,
+    _LEVEL_1: 1 / 64,
+    LEVEL_3: 1 / 128,
+    _LEVEL_3_8K: 1 / 64,
+    _LEVEL_4: 1 / 128,
+    _LAZY: 1 / 16,
+}
 _NOISE: Final = 0.98  # what is left of bytes that no setting makes smaller
 _HOPELESS: Final = 1.05  # a level that leaves so much more than the best: nor do those above it
+_REPEATS: Final = 0.7  # if level 1 leaves less of words, higher levels may find much more
 _WHOLE_PAYS: Final = 0.98
-_ROTATION_PAYS: Final = 0.995  # it costs a tenth of the time to encode, more to decode
+_ROTATION_PAYS: Final = 0.997  # it costs a tenth of the time to encode, more to decode
 
 _FIRST_INTERVAL_NBYTES: Final = 32 * 1024 * 1024
 _LAST_INTERVAL_NBYTES: Final = 256 * 1024 * 1024
@@ -70,6 +99,7 @@ _DRIFT_CHUNKS: Final = 4
 _MOST_DRIFT_CHUNKS: Final = 64
 _SAMPLES: Final = 3  # that count together: the first chunk alone may be unlike the others
 _FIRST_PAUSE: Final = 2  # chunks between the first samples
+_FIRST_PAUSE_NBYTES: Final = 2 * 1024 * 1024  # a sample costs as much as encoding 1 MiB
 _GROWTH: Final = 4
 
 
@@ -104,7 +134,7 @@ class Hint:
     """What was learned from earlier chunks of a series, so that sampling is rare.
 
     The caller keeps one per series and passes it to each `Encoder.encode`. A sample is taken
-    at the first chunk and twice soon after, which count together, then every 32 MiB, at most
+    at the first chunk and twice in the next 6 MiB, which count together, then every 32 MiB, at most
     twice as rarely each time it says the same again (up to 256 MiB), when chunks become much
     larger, and, with growing patience, when what was achieved drifts from what was promised.
     Several threads may use one: a race costs or saves a sample, never correctness.
@@ -135,8 +165,9 @@ class Hint:
 
     def _is_unsure(self, choice: Choice) -> bool:
         found = len(choice.samples)
-        pauses = found < _SAMPLES and self._chunks >= _FIRST_PAUSE * found
-        return pauses or self._has_drifted
+        if self._has_drifted or found >= _SAMPLES:
+            return self._has_drifted
+        return self._chunks >= _FIRST_PAUSE * found and self._nbytes >= _FIRST_PAUSE_NBYTES * found
 
     @property
     def earlier(self) -> tuple[Sample, ...]:
@@ -201,22 +232,31 @@ def choose(raw: _Bytes, dtype: str, zstd: Compressors, earlier: Sequence[Sample]
 def _look(raw: _Bytes, dtype: str, zstd: Compressors) -> Sample:
     w = dtypes.word_nbytes(dtype)
     sample = _sample(raw, max(1, dtypes.itemsize(dtype)))
-    found: dict[_Run, Mapping[int, float]] = {_WHOLE: _try(sample, zstd)}
-    if w > 1:
-        cut = np.empty((w, len(sample) // w), np.uint8)
-        for rotated in (False,) if dtypes.is_integer(dtype) else (False, True):
-            planes.split(sample, list(cut), rotated=rotated)
-            for i, plane in enumerate(cut):
-                found[rotated, i] = _try(plane, zstd)
+    if w <= 1:
+        return {_WHOLE: _try(sample, zstd, _OF_BYTES)}
+    found: dict[_Run, Mapping[int, float]] = {}
+    cut = np.empty((w, len(sample) // w), np.uint8)
+    least = 1.0
+    for rotated in (False,) if dtypes.is_integer(dtype) else (False, True):
+        planes.split(sample, list(cut), rotated=rotated)
+        for i, plane in enumerate(cut):
+            found[rotated, i] = _try(plane, zstd, _OF_PLANES)
+        least = min(least, sum(min(found[rotated, i].values()) for i in range(w)) / w)
+    # What is not made smaller by finding words again is better as planes.
+    fraction = len(zstd[_LEVEL_1].compress(sample.data)) / len(sample)
+    is_hopeless = fraction > least * _HOPELESS and fraction > _REPEATS
+    found[_WHOLE] = {_LEVEL_1: fraction} if is_hopeless else _try(sample, zstd, _OF_WORDS)
     return found
 
 
-def _try(run: _Bytes, zstd: Compressors) -> Mapping[int, float]:
+def _try(run: _Bytes, zstd: Compressors, settings: Sequence[int]) -> Mapping[int, float]:
     """Give the fractions that remain, of settings that are worth trying."""
     found: dict[int, float] = {}
-    for setting, compressor in zstd.items():
-        fraction = found[setting] = len(compressor.compress(run.data)) / len(run)
-        is_level = setting != _ENTROPY
+    for setting in settings:
+        if setting == _ENTROPY_8K and found[_ENTROPY] > _NOISE:
+            continue
+        fraction = found[setting] = len(zstd[setting].compress(run.data)) / len(run)
+        is_level = setting not in (_ENTROPY, _ENTROPY_8K)
         if is_level and (fraction > _NOISE or fraction > min(found.values()) * _HOPELESS):
             break
     return found

@@ -168,10 +168,18 @@ def test_a_hint_makes_sampling_rare() -> None:
 
 def test_a_hint_samples_again_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling, "_FIRST_INTERVAL_NBYTES", 8 * 1024)
+    monkeypatch.setattr(sampling, "_FIRST_PAUSE_NBYTES", 1024)
     encoder, hint, raw = Counting(), sampling.Hint(), as_bytes(weights(256))
     for _ in range(2 + 4 + 8 + 16 + 1):
         encoder.encode(raw, dtype="float32", hint=hint)
     assert encoder.samples == 5
+
+
+def test_a_hint_of_small_chunks_samples_rarely() -> None:
+    encoder, hint, raw = Counting(), sampling.Hint(), as_bytes(weights(1024))
+    for _ in range(500):
+        encoder.encode(raw, dtype="float32", hint=hint)
+    assert encoder.samples == 1
 
 
 def test_a_hint_notices_other_data() -> None:
@@ -191,6 +199,21 @@ def test_a_hint_survives_another_dtype_and_size() -> None:
         one = encoder.encode(raw, dtype=dtype, hint=hint)
         assert decoded(one.to_bytes(), raw.nbytes, codec=one.codec, dtype=dtype) == raw.tobytes()
     assert encoder.samples == 4
+
+
+def test_runs_of_flags_are_searched() -> None:
+    flags = (np.sin(np.arange(1 << 18) ** 1.3 / 500) > 0.5).view(np.uint8)
+    assert len(codec.Encoder().encode(flags, dtype="bool").to_bytes()) < 0.9 * len(
+        zstandard.ZstdCompressor(level=3).compress(flags.data)
+    )
+
+
+def test_a_changing_scale_gets_a_table_for_each_part() -> None:
+    values = weights(1 << 16) * np.repeat(2.0 ** np.arange(-32, 32), 1 << 10).astype("f4")
+    raw = as_bytes(values)
+    exponents = np.ascontiguousarray((values.view("u4") >> 23).astype(np.uint8))
+    whole = len(zstandard.ZstdCompressor(level=1).compress(exponents.data))
+    assert len(codec.Encoder().encode(raw, dtype="float32").to_bytes()) < 3 * len(values) + whole
 
 
 # --- planes ---------------------------------------------------------------------
