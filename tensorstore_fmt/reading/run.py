@@ -285,7 +285,8 @@ class Run(Closeable):
         mode
             Only this one's steps.
         poll_s
-            Seconds between looks; None: 0.02 to 0.5 on a disk, 0.5 to 5 elsewhere.
+            Seconds from one look to the next; None: 0.01 to 0.5 on a disk, 0.5 to 5 elsewhere,
+            the longer the longer nothing came.
         timeout_s
             Raise `TimeoutError` if nothing came for so long.
         """

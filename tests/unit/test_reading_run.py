@@ -22,6 +22,7 @@ from tensorstore_fmt.errors import (
     StepNotYetWrittenError,
 )
 from tensorstore_fmt.format import layout, statistics
+from tensorstore_fmt.reading import follow
 from tensorstore_fmt.reading.run import open_run
 
 
@@ -61,6 +62,60 @@ def test_follow_waits_for_all_workers_and_times_out(build: RunBuilder) -> None:
         next(open_run(build.url).follow(poll_s=0.01, timeout_s=0.05))
     b.flush(step_row(0), through=0)
     assert next(open_run(build.url).follow(poll_s=0.01, timeout_s=10)) == 0
+
+
+class Clock:
+    """A clock that only sleeping and looking move on, and what happens when it does."""
+
+    def __init__(self, look_s: float) -> None:
+        self.now = 0.0
+        self.look_s = look_s
+        self.looks: list[float] = []
+        self.then: dict[int, Any] = {}
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.looks.append(self.now)
+        self.now += self.look_s
+        self.then.get(len(self.looks), lambda: None)()
+
+
+@pytest.mark.parametrize(("look_s", "period_s"), [(0.0, 0.5), (0.1, 0.5), (0.4, 0.8), (2.0, 2.5)])
+def test_follow_counts_from_look_to_look(
+    build: RunBuilder, monkeypatch: pytest.MonkeyPatch, look_s: float, period_s: float
+) -> None:
+    clock = Clock(look_s)
+    monkeypatch.setattr(follow, "time", clock)
+    build.writer().flush(step_row(0), through=-1)
+    with pytest.raises(TimeoutError):
+        next(open_run(build.url).follow(poll_s=0.5, timeout_s=60))
+    np.testing.assert_allclose(np.diff(clock.looks)[:-1], period_s)  # the last one is cut short
+
+
+def test_follow_looks_often_where_something_has_just_happened(
+    build: RunBuilder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(0.0)
+    monkeypatch.setattr(follow, "time", clock)
+    w = build.writer()
+    w.flush(step_row(0), through=0)
+    steps = open_run(build.url).follow(timeout_s=100)
+    assert next(steps) == 0
+    clock.then[300] = lambda: w.flush(step_row(1), through=1)
+    assert next(steps) == 1
+    came = clock.looks[299]
+    waits = np.diff([0.0, *clock.looks])
+    assert (waits[:50] <= 0.011).all()
+    assert (waits <= 0.02 * came + 0.01).all()  # what nobody waits for is not looked at for long
+    with pytest.raises(TimeoutError):
+        next(steps)
+    after = np.diff(clock.looks[300:])
+    assert (after[:20] <= 0.011).all()
+    assert after[:-1].max() == pytest.approx(0.5)
+    assert len(after) < 1000  # of 10,000 without pauses that grow
 
 
 def test_follow_in_modes_and_through_attempts(build: RunBuilder) -> None:
