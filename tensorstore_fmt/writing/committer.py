@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
@@ -110,12 +111,16 @@ class Committer:
         self.dropped += sum(tensors(entries) for _, entries in self._carried)
 
     def _run(self) -> None:
+        began = time.monotonic()
         while True:
             with self._changed:
+                # From the beginning of the last flush, which takes its time in a bucket.
+                due = began + self._options.flush_interval_s
                 self._changed.wait_for(
                     lambda: self._is_stopping or self._wanted > self._attempted,
-                    timeout=self._options.flush_interval_s,
+                    timeout=max(0.0, due - time.monotonic()),
                 )
+                began = time.monotonic()
                 is_wanted = self._wanted > self._attempted
                 durable = self._wanted_synced > self._attempted
                 if self._is_stopping and not is_wanted:

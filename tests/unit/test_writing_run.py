@@ -8,15 +8,19 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import tensorstore_fmt as tsf
 from tensorstore_fmt.format import layout
+from tensorstore_fmt.storage import open_storage
+from tensorstore_fmt.testing.storage import Operation, WrappedStorage
 from tensorstore_fmt.testing.writers import create_test_run
+from tensorstore_fmt.writing import committer
 
 
 def child(code: str, *args: object) -> subprocess.CompletedProcess[str]:
@@ -345,6 +349,29 @@ def test_flushed_by_time(tmp_path: Path) -> None:
     with tsf.create_run(tmp_path / "run", flush_interval_s=0.05) as run:
         run.log({"a": 1.0}, step=0)
         wait_until(lambda: "a" in tsf.open_run(tmp_path / "run"))
+
+
+def test_the_interval_counts_from_the_beginning_of_a_flush(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(committer, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    class Slow(WrappedStorage):
+        def before(self, operations: Sequence[Operation]) -> list[None]:
+            if operations[0].op == "publish" and "index" in operations[0].path:
+                published.append(operations[0].path)
+                if len(published) == 2:  # as if this one took an hour, in which training went on
+                    run.log({"b": 2.0}, step=1)
+                    now[0] += 3600
+            return [None] * len(operations)
+
+    published: list[str] = []
+    storage = Slow(open_storage(tmp_path / "run", writable=True))
+    with create_test_run(storage, flush_interval_s=3600) as run:
+        run.log({"a": 1.0}, step=0)
+        run.flush()
+        wait_until(lambda: "b" in tsf.open_run(tmp_path / "run"))
 
 
 def test_flushed_by_bytes(tmp_path: Path) -> None:
