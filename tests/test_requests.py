@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import uuid
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from tensorstore_fmt.storage import Storage, open_storage
 from tensorstore_fmt.testing.servers import S3Server
 from tensorstore_fmt.testing.storage import CountingStorage
 from tensorstore_fmt.testing.writers import create_test_run
+from tensorstore_fmt.writing.segments import FANOUT
 
 RNG = np.random.default_rng(0)
 WEIGHT = RNG.standard_normal((1024, 1024)).astype("f4")
@@ -186,3 +188,16 @@ def test_statistics_and_small_series_read_no_shard(tmp_path: Path) -> None:
     assert run["loss"].read().tolist() == list(range(50))
     assert run.scalars(["loss"]).num_rows == 50
     assert not [o for o in counting.operations if o.path.startswith(layout.SHARDS_DIR)]
+
+
+def test_a_merge_in_a_bucket_reads_all_its_segments_in_one_round() -> None:
+    counting = CountingStorage(open_storage(memory(), writable=True))
+    with create_test_run(counting) as writer:
+        for step in range(FANOUT + 1):
+            writer.log({"loss": float(step)}, step=step)
+            writer.flush()
+    begun = [o for o in counting.requests if o.op == "prefix" and o.path.endswith(".seg")]
+    merged = {o.path for o in begun}
+    assert len(merged) == len(begun)
+    assert max(Counter(o.round for o in begun).values()) >= FANOUT
+    assert not [o for o in counting.requests if o.op == "range" and o.path in merged]

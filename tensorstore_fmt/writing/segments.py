@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from tensorstore_fmt.format import layout, merge, page, segment
-from tensorstore_fmt.storage import Range, Storage
+from tensorstore_fmt.storage import Prefix, Range, Storage
 from tensorstore_fmt.writing.commit import Tables
 from tensorstore_fmt.writing.failures import Failures
 from tensorstore_fmt.writing.options import MIB, WriterOptions
@@ -22,6 +22,7 @@ FANOUT: Final = 8
 _LARGEST_NBYTES: Final = 64 * MIB
 _LARGEST_ROWS: Final = 1_000_000
 _READ_WHOLE_NBYTES: Final = 8 * MIB
+_FIRST_NBYTES: Final = MIB // 4  # what one flush publishes is mostly smaller
 _LEAST_GRACE_S: Final = 1.0
 
 
@@ -252,7 +253,7 @@ def merge_segments(
     tuple
         Its header, length in bytes, and number of entries.
     """
-    merged = merge.merge([_input(storage, header) for header in headers])
+    merged = merge.merge(_inputs(storage, headers))
     first, last = headers[0], headers[-1]
     header = replace(last, first_flush=first.first_flush, published_us=now_us)
     parts = segment.encode(header, merged.series, merged.shards, merged.pages)
@@ -261,12 +262,23 @@ def merge_segments(
     return header, sum(map(len, parts)), sum(p.rows for p in merged.pages)
 
 
-def _input(storage: Storage, header: segment.Header) -> merge.MergeInput:
+def _inputs(storage: Storage, headers: Sequence[segment.Header]) -> list[merge.MergeInput]:
+    """Open segments, small ones in a store with one request each, all at the same time."""
+    paths = [header.name.path for header in headers]
+    nbytes = layout.SEGMENT_HEADER.size if storage.is_local else _FIRST_NBYTES
+    starts = storage.fetch([Prefix(path, nbytes) for path in paths])
+    return [
+        _input(storage, header, start) for header, (start, _) in zip(headers, starts, strict=True)
+    ]
+
+
+def _input(storage: Storage, header: segment.Header, data: bytes) -> merge.MergeInput:
     path = header.name.path
-    (start,) = storage.fetch([Range(path, 0, layout.SEGMENT_HEADER.size)])
-    found = segment.decode_header(start, where=path, run_id=header.run_id, name=header.name)
+    found = segment.decode_header(data, where=path, run_id=header.run_id, name=header.name)
     is_whole = not storage.is_local and found.file_nbytes <= _READ_WHOLE_NBYTES
-    (data,) = storage.fetch([Range(path, 0, found.file_nbytes if is_whole else found.head_nbytes)])
+    needed = found.file_nbytes if is_whole else found.head_nbytes
+    if len(data) < needed:
+        (data,) = storage.fetch([Range(path, 0, needed)])
     head = segment.decode_head(found, data)
 
     def read_page(number: int) -> bytes | memoryview:
