@@ -314,13 +314,14 @@ def decode(
     """
     # A slice of it costs half of what one of an array does.
     data = memoryview(payload)  # type: ignore[arg-type]  # arrays are buffers, too
-    if len(data) > layout.MAX_CHUNK_NBYTES:
-        raise _limit("payload", len(data), layout.MAX_CHUNK_NBYTES)
-    if len(out) > layout.MAX_CHUNK_RAW_NBYTES:
-        raise _limit("raw chunk", len(out), layout.MAX_CHUNK_RAW_NBYTES)
+    n, nbytes = len(data), len(out)
+    if n > layout.MAX_CHUNK_NBYTES:
+        raise _limit("payload", n, layout.MAX_CHUNK_NBYTES)
+    if nbytes > layout.MAX_CHUNK_RAW_NBYTES:
+        raise _limit("raw chunk", nbytes, layout.MAX_CHUNK_RAW_NBYTES)
     size = dtypes.itemsize(dtype)
-    if size and len(out) % size:
-        raise _malformed(f"raw chunk of {len(out)} bytes is no whole number of {dtype} elements")
+    if size and nbytes % size:
+        raise _malformed(f"raw chunk of {nbytes} bytes is no whole number of {dtype} elements")
     if codec not in layout.CODEC_NAMES:
         raise UnsupportedError(
             f"codec {codec} is not known to this version; a newer tensorstore_fmt may read it",
@@ -328,19 +329,19 @@ def decode(
             codec=codec,
         )
     if codec == layout.CODEC_RAW:
-        if len(data) != len(out):
-            raise _malformed(f"raw payload has {len(data)} bytes, expected {len(out)}")
+        if n != nbytes:
+            raise _malformed(f"raw payload has {n} bytes, expected {nbytes}")
         out[:] = data
-    elif len(out) == 0 or codec == layout.CODEC_DROPPED:
+    elif nbytes == 0 or codec == layout.CODEC_DROPPED:
         name = layout.CODEC_NAMES[codec]
-        raise _malformed(f"a chunk of {len(out)} bytes cannot have a payload with codec {name}")
+        raise _malformed(f"a chunk of {nbytes} bytes cannot have a payload with codec {name}")
     elif codec == layout.CODEC_CONSTANT:
         _decode_constant(data, out, size)
     elif codec == layout.CODEC_ZSTD:
-        _check_frame(data, len(out))
-        out[:] = _decompress(data, len(out))
+        _check_frame(data, nbytes)
+        out[:] = _decompress(data, nbytes)
     elif codec == layout.CODEC_PLANES:
-        _decode_planes(data, out, dtypes.word_nbytes(dtype), span or (0, len(out)))
+        _decode_planes(data, out, dtypes.word_nbytes(dtype), span or (0, nbytes))
     else:
         _decode_delta(data, out, dtype, rows)
 

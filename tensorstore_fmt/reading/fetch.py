@@ -418,9 +418,14 @@ class _Reader:
             self._decode_of(self._fills[number], payloads[fills == number], data)
 
     def _decode_of(self, fill: _Fill, payloads: _I64, data: dict[int, memoryview]) -> None:
-        units = fill.units
+        units, straight = fill.units, fill.straight
         decoder = Decoder(
-            fill.group.touched, fill.target, units.number, units.inner, dtype=fill.assembly.dtype
+            fill.group.touched,
+            fill.target,
+            units.number,
+            units.inner,
+            dtype=fill.assembly.dtype,
+            is_straight=fill.straight is not None,
         )
         unit = self._unit_of[payloads]
         entry = units.entry[unit]
@@ -438,6 +443,7 @@ class _Reader:
             rows["codec"].tolist(),
             rows["crc32c"].tolist(),
             np.where(rows["flags"] & layout.ENTRY_REPEAT, 1, rows["count"]).tolist(),
+            itertools.repeat(-1, len(unit)) if straight is None else straight[unit].tolist(),
             strict=True,
         )
         where = zip(

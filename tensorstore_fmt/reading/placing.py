@@ -82,6 +82,7 @@ class Payload(NamedTuple):
     codec: int
     crc32c: int
     kept: int
+    place: int  # first byte of its values in the target; −1 if they do not lie there so
 
 
 class Decoder:
@@ -95,10 +96,19 @@ class Decoder:
         Of each step in the payloads: its row in the target, and its place in its payload.
     dtype
         As stored.
+    is_straight
+        Whether payloads have a `place`.
     """
 
     def __init__(
-        self, touched: Touched, target: _Array, number: _I64, inner: _I64, *, dtype: str
+        self,
+        touched: Touched,
+        target: _Array,
+        number: _I64,
+        inner: _I64,
+        *,
+        dtype: str,
+        is_straight: bool,
     ) -> None:
         self._touched = touched
         self._target = target
@@ -108,10 +118,17 @@ class Decoder:
         self._dtype = dtypes.numpy_dtype(dtype)
         self._is_string = dtype == dtypes.STRING
         self._last: _Array | None = None
+        self._raw: NDArray[np.uint8] | None = None  # the last one that was put straight
+        self._bytes = np.empty(0, np.uint8)
+        if is_straight:
+            self._bytes = target.reshape(-1).view(np.uint8)
         self._spans: dict[int, tuple[int, int]] = {}
 
     def put(self, payload: memoryview, what: Payload, *, is_same: bool) -> None:
         """Check and decode one payload; `is_same`: it is the one before (say, a frozen layer)."""
+        if what.place >= 0:
+            self._put_straight(payload, what, is_same=is_same)
+            return
         touched, target = self._touched, self._target
         place, box = touched.places[what.chunk], touched.boxes[what.chunk]
         if what.end - what.begin == 1:
@@ -139,6 +156,16 @@ class Decoder:
             if room is not None:
                 return
         target[(rows, *place)] = values[(taken, *touched.local[what.chunk])]
+
+    def _put_straight(self, payload: memoryview, what: Payload, *, is_same: bool) -> None:
+        """Do as `put`, for a chunk with one step that lies in the target as in its payload."""
+        raw = self._bytes[what.place : what.place + what.raw_nbytes]
+        if is_same and self._raw is not None:
+            raw[:] = self._raw
+            return
+        check(payload, what.crc32c)
+        codec.decode(payload, raw, codec=what.codec, dtype=self._dtype_name)
+        self._raw = raw
 
     def _span(self, what: Payload, box: tuple[int, ...]) -> tuple[int, int] | None:
         """Give the bytes of a chunk with one step that the selection lies in."""

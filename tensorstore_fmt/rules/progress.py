@@ -27,7 +27,9 @@ __all__ = ["Progress", "Stream"]
 Stream = tuple[int, ...]
 """Modes whose steps are looked at together, in one ascending order."""
 
-_MOST_STATS_NBYTES: Final = 32 * 1024 * 1024
+# Each block costs time for every name, so that few large ones are cheaper. Two copies of their
+# statistics are in memory while a block is put together.
+_MOST_STATS_NBYTES: Final = 128 * 1024 * 1024
 _STEP_NBYTES: Final = 256  # that a step takes by itself: in the step table, in a rule's arrays
 
 _I64 = NDArray[np.int64]

@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from tensorstore_fmt.format import layout
 from tensorstore_fmt.writing.buffers import BufferPool
 from tensorstore_fmt.writing.committer import Taken
@@ -158,7 +160,12 @@ class Intake:
 
     def _copy(self, data: Mapping[str, object], call: _Call) -> None:
         items = data.items()
-        if any(isinstance(value, Mapping) for value in data.values()):
+        # Asking an abstract class takes long; these two are what is logged all the time.
+        if any(
+            isinstance(value, Mapping)
+            for value in data.values()
+            if type(value) is not float and type(value) is not np.ndarray
+        ):
             items = dict(flatten(data)).items()
         floats, mode = self._generation.floats, call.mode
         for name, value in items:
@@ -202,19 +209,24 @@ class Intake:
         call.tensors.append((tensor, kept, nbytes, held))
 
     def _reserve(self, held: Held, nbytes: int) -> bool:
-        return self._quota.reserve(
+        return not nbytes or self._quota.reserve(
             held,
             nbytes,
-            ask_flush=lambda: self._request(self._generation.number),
+            ask_flush=self._ask_flush,
             has_work=self._pool.has_work,
         )
+
+    def _ask_flush(self) -> None:
+        self._request(self._generation.number)
 
     # --- under the lock -------------------------------------------------------------
 
     def _is_shared(self, call: _Call) -> bool:
         generation = self._generation
-        kepts = [kept for _, kept, _, _ in call.tensors]
-        kepts += filter(None, [self._staging.last(name, call.mode) for name in call.lost])
+        step = call.step
+        kepts = [kept for _, kept, _, _ in call.tensors if step <= kept.group.last_step]
+        if call.lost:
+            kepts += filter(None, [self._staging.last(name, call.mode) for name in call.lost])
         if generation.joined:  # a name may have been a larger tensor before it was a number
             kepts += [self._staging.plan_float(name, call.mode) for name, _ in call.scalars]
         return any(self._staging.is_shared(generation, kept, call.step) for kept in kepts)
