@@ -185,7 +185,8 @@ def test_what_was_read_is_little(played: Played) -> None:
     for row in played.document["traffic"]:
         shards = played.folder / row["name"] / layout.SHARDS_DIR
         stored = sum(path.stat().st_size for path in shards.iterdir())
-        assert stored > 1_000_000
+        # One run is stopped, at step 22 at the earliest: then it holds 23 saves of 31 KB.
+        assert stored > 500_000
         assert row["chunk_nbytes"] == 0
         assert 0 < row["fetched_nbytes"] < stored / 5
     assert played.document["looks"] >= 1
