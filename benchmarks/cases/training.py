@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, ClassVar
 
 from peers.training import Copies, OursHook, Saver, SmDebug, TorchSave
@@ -11,8 +13,8 @@ from suite.case import Case, Figures, Place, Table, Verdict, tree_nbytes
 from suite.contestant import Contestant
 
 BATCH = 64
-PHASE_STEPS = 20  # two saves at every tenth step
-PHASES = 3
+CYCLE_STEPS = 10  # one save at every tenth step
+CYCLES = 15
 
 
 def _model(seed: int) -> Any:
@@ -69,7 +71,7 @@ class _Training:
 
 
 class Training(Case):
-    """Two trainings alternate, one that is saved and one that is not, from the same seed."""
+    """Two trainings of one seed alternate, ten steps each: one is saved, the other is not."""
 
     number: ClassVar[int] = 14
     cache = "none"
@@ -105,30 +107,36 @@ class Training(Case):
         contestant.attach(
             saved.model, saved.optimizer, saved.loss, place.scratch / "run", self._every
         )
-        steps = self._every if place.quick else PHASE_STEPS
-        bare.run(steps)
-        saved.run(steps)
+        cycles = 1 if place.quick else CYCLES
+        steps = 1 if place.quick and self._every == 1 else CYCLE_STEPS
+        for _ in range(2):
+            bare.run(steps)
+            saved.run(steps)
         contestant.settle()
         contestant.begin()
         warm = saved.step
-        times = {"bare": 0.0, "saved": 0.0}
-        for _ in range(1 if place.quick else PHASES):
-            times["bare"] += bare.run(steps)
-            times["saved"] += saved.run(steps)
+        bare_s, saved_s = [bare.run(steps)], []
+        for _ in range(cycles):
+            saved_s.append(saved.run(steps))
             begin = time.perf_counter()
             contestant.settle()
             if self._every == 1:  # else nothing is left over but what the next steps would cover
-                times["saved"] += time.perf_counter() - begin
+                saved_s[-1] += time.perf_counter() - begin
+            bare_s.append(bare.run(steps))
         figures = contestant.close()
-        if bare.losses != saved.losses:
+        if bare.losses[: len(saved.losses)] != saved.losses:
             raise RuntimeError(f"{contestant.name} changed the training")
         saves = -(-saved.step // self._every) - -(-warm // self._every)
         log_s = figures.pop("log_seconds", None)
         if log_s is not None:
             figures["blocked_seconds"] = log_s / saves
         return {
-            "slowdown": times["saved"] / times["bare"] - 1,
-            "step_seconds": times["bare"] / (steps * (1 if place.quick else PHASES)),
+            # The machine's speed changes from second to second: neighbours are compared.
+            "slowdown": statistics.median(
+                each / (before + after) * 2 - 1
+                for each, (before, after) in zip(saved_s, pairwise(bare_s), strict=True)
+            ),
+            "step_seconds": statistics.median(bare_s) / steps,
             "stored_bytes": tree_nbytes(place.scratch / "run") / -(-saved.step // self._every),
             **figures,
         }

@@ -136,7 +136,7 @@ class Committer:
             taken = self._take(is_last)
             number = taken.generation.number
             self._uncollected.append(taken.generation)
-            taken.generation.wait()
+            self._wait_encoded(taken.generation)
             is_stored = self._store(durable=durable)
             is_there = self._commit(taken, is_last=is_last)
             if is_there and is_stored and durable:
@@ -150,6 +150,12 @@ class Committer:
             if is_synced:
                 self._synced = number
             self._changed.notify_all()
+
+    def _wait_encoded(self, generation: Generation) -> None:
+        # Those who look at the run are to wait no longer than two intervals, whoever else works.
+        if not generation.wait(self._options.flush_interval_s):
+            with self._pool.hurry():
+                generation.wait()
 
     def _store(self, *, durable: bool) -> bool:
         """Write the payloads that wait; what is lost by a failure is known to its entries."""

@@ -1,76 +1,60 @@
-"""The threads that turn snapshots into payloads, entries and statistics."""
+"""The threads that encode saves, and whose turn it is."""
 
 from __future__ import annotations
 
-import math
-import queue
+import contextlib
+import os
+import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Final
 
-import crc32c
 import numpy as np
-import xxhash
 
-from tensorstore_fmt import dtypes
-from tensorstore_fmt.format import codec, grid, layout, statistics
-from tensorstore_fmt.format.catalog import Series
-from tensorstore_fmt.format.progressions import runs_of_steps
-from tensorstore_fmt.format.shard import ShardRow
-from tensorstore_fmt.format.strings import pack_strings
+from tensorstore_fmt.format import codec
 from tensorstore_fmt.writing.buffers import BufferPool
+from tensorstore_fmt.writing.encoding import DigestTable, SaveEncoder
 from tensorstore_fmt.writing.failures import Failures
 from tensorstore_fmt.writing.options import MIB, WriterOptions
-from tensorstore_fmt.writing.pending import Generation, PendingEntry, Placed, Save
+from tensorstore_fmt.writing.pending import Generation, Save
 from tensorstore_fmt.writing.quota import Quota
 from tensorstore_fmt.writing.shards import ShardSink
 
-__all__ = ["DigestTable", "EncoderPool"]
+__all__ = ["EncoderPool"]
 
 _PAYLOADS_NBYTES: Final = 32 * MIB  # a batch that is written, one that grows, two encoders' blocks
 _BYTE: Final = np.dtype(np.uint8)
-_SMALL_PAYLOAD_NBYTES: Final = 256  # such payloads are kept in the index
-_MAX_STATS_STEPS: Final = layout.JOINED_INLINE_NBYTES // (8 * layout.STATS_LEN)
+_LOWEST: Final = 19  # a `nice` value
 
 
-class DigestTable:
-    """Remembers the last payload of each chunk, so that the same bytes are stored once.
+def _patient(most: int) -> int:
+    """Give a number of threads that leaves a core of those this process may use."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return max(1, min(most, cores - 1))
 
-    What was not committed is never reused, but within its own flush: it is published with it.
-    """
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._placed: dict[tuple[object, ...], tuple[Placed, int]] = {}
-        self._committed = -1
+@dataclass(slots=True, eq=False)
+class _Work:
+    """A save, and how far it is; `encoder` and `chunks` come with the first turn."""
 
-    def find(
-        self, series: Series, chunk: int, digest: int, raw_nbytes: int, flush: int
-    ) -> Placed | None:
-        """Give the payload that the chunk had last, if it is the same and may be used again."""
-        with self._lock:
-            found = self._placed.get((series.identity, chunk))
-            if found is None:
-                return None
-            placed, in_flush = found
-            if placed.is_lost or not (in_flush <= self._committed or in_flush == flush):
-                return None
-        is_same = placed.digest == digest and placed.raw_nbytes == raw_nbytes
-        return placed if is_same else None
-
-    def learn(self, series: Series, chunk: int, placed: Placed, flush: int) -> None:
-        """Remember a payload written in this flush."""
-        with self._lock:
-            self._placed[series.identity, chunk] = (placed, flush)
-
-    def committed(self, flush: int) -> None:
-        """All flushes up to this one are published."""
-        with self._lock:
-            self._committed = max(self._committed, flush)
+    generation: Generation
+    save: Save
+    encoder: SaveEncoder | None = None
+    chunks: Iterator[None] | None = None
 
 
 class EncoderPool:
-    """A few threads that encode saves in the background."""
+    """Threads that encode saves in the background, in two shifts.
+
+    The patient shift has the lowest priority there is, on Linux: it takes what a training leaves. A
+    thread of a training that loses its core for a moment keeps waiting all that it works
+    with, so that encoding would cost several times its own time (benchmark 14). Who has
+    little time may take long, though. When half of what may wait does, or while somebody waits
+    for it, the urgent shift works instead, as fast as any other thread; it goes on with what the
+    other one began, after the next chunk.
+    """
 
     def __init__(
         self,
@@ -86,41 +70,133 @@ class EncoderPool:
         self._failures = failures
         self._digests = DigestTable()
         self._blocks = BufferPool(_PAYLOADS_NBYTES)
-        self._queue: queue.SimpleQueue[tuple[Generation, Save] | None] = queue.SimpleQueue()
+        self._lock = threading.RLock()
+        self._patient = threading.Condition(self._lock)
+        self._urgent = threading.Condition(self._lock)
+        self._queue: deque[_Work] = deque()
+        self._hurries = 0
+        self._is_stopping = False
         self._own = threading.local()
         self._threads = [
-            threading.Thread(target=self._run, name=f"tensorstore_fmt-encoder-{i}", daemon=True)
-            for i in range(options.encoders)
+            threading.Thread(
+                target=self._run,
+                args=(is_patient,),
+                name=f"tensorstore_fmt-{'patient' if is_patient else 'urgent'}-encoder-{i}",
+                daemon=True,
+            )
+            for is_patient, n in ((True, _patient(options.encoders)), (False, options.encoders))
+            for i in range(n)
         ]
         for thread in self._threads:
             thread.start()
 
     def put(self, generation: Generation, save: Save) -> None:
         """Take a save that is closed."""
-        self._queue.put((generation, save))
+        self._put(_Work(generation, save))
 
     def has_work(self) -> bool:
         """Say whether saves wait that no encoder has taken yet."""
-        return not self._queue.empty()
+        return bool(self._queue)
 
     def committed(self, flush: int) -> None:
         """Let payloads of flushes up to this one be reused."""
         self._digests.committed(flush)
 
+    @contextlib.contextmanager
+    def hurry(self) -> Iterator[None]:
+        """Let the urgent shift work: the caller waits."""
+        self._hurry(1)
+        try:
+            yield
+        finally:
+            self._hurry(-1)
+
     def stop(self) -> None:
         """Let the threads end when all work is done, and wait for them."""
-        for _ in self._threads:
-            self._queue.put(None)
+        with self._lock:
+            self._is_stopping = True
+            self._patient.notify_all()
+            self._urgent.notify_all()
         for thread in self._threads:
             thread.join()
 
-    def _run(self) -> None:
-        while (work := self._queue.get()) is not None:
-            generation, save = work
-            del work
-            if generation.claim(save):
-                self._quota.begin()
-                self._encode(generation, save)
+    # --- whose turn it is -----------------------------------------------------------
+
+    @property
+    def _is_urgent(self) -> bool:
+        return self._hurries > 0 or self._quota.is_tight
+
+    # A signal may end what follows between any two statements. So those who have something to do
+    # are woken first: they look only when the lock is free again.
+
+    def _hurry(self, n: int) -> None:
+        with self._lock:
+            self._patient.notify_all()
+            self._urgent.notify_all()
+            self._hurries += n
+
+    def _put(self, work: _Work) -> None:
+        with self._lock:
+            (self._urgent if self._is_urgent else self._patient).notify()
+            self._queue.append(work)
+
+    def _take(self, *, is_patient: bool) -> _Work | None:
+        own, other = self._patient, self._urgent
+        if not is_patient:
+            own, other = other, own
+        with self._lock:
+            while not self._is_stopping and not (self._queue and is_patient != self._is_urgent):
+                if self._queue:  # that changed after somebody was woken
+                    other.notify()
+                own.wait()
+            return self._queue.popleft() if self._queue else None
+
+    # --- in the threads -------------------------------------------------------------
+
+    def _run(self, is_patient: bool) -> None:  # noqa: FBT001 - `args` of a thread has no keywords
+        if is_patient and sys.platform == "linux":  # elsewhere processes have priorities, only
+            with contextlib.suppress(OSError):  # a sandbox may forbid it
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST)
+        while (work := self._take(is_patient=is_patient)) is not None:
+            if self._is_ended(work, is_patient=is_patient):
+                del work
+            else:
+                self._put(work)
+
+    def _is_ended(self, work: _Work, *, is_patient: bool) -> bool:
+        """Go on with a save; False: it is not done, but the other shift's turn."""
+        save = work.save
+        if work.encoder is None:
+            if not work.generation.claim(save):
+                return True
+            self._quota.begin()
+        is_done = True
+        try:
+            if save.rows:
+                is_done = self._encode(work, is_patient=is_patient)
+        except Exception as error:  # noqa: BLE001 - a bug here must not stop training; it is counted
+            save.is_lost = True
+            self._failures.note(error)
+        finally:
+            if is_done:
+                rows, save.rows = save.rows, []
+                self._quota.end(row[2] for row in rows)
+                work.generation.finish()
+        return is_done
+
+    def _encode(self, work: _Work, *, is_patient: bool) -> bool:
+        if work.encoder is None:
+            work.encoder = SaveEncoder(
+                self._encoder(),
+                self._digests,
+                compression=self._options.compression,
+                flush=work.generation.number,
+                save=work.save,
+            )
+            work.chunks = work.encoder.run(self._sink)
+        assert work.chunks is not None
+        work.encoder.encoder = self._encoder()
+        return not any(is_patient and self._is_urgent for _ in work.chunks)
 
     def _encoder(self) -> codec.Encoder:
         """Give the encoder of this thread."""
@@ -131,251 +207,3 @@ class EncoderPool:
 
     def _empty(self, nbytes: int) -> np.ndarray:
         return self._blocks.empty((nbytes,), _BYTE)
-
-    def _encode(self, generation: Generation, save: Save) -> None:
-        try:
-            if save.rows:
-                save.entries = _SaveEncoder(
-                    self._encoder(),
-                    self._digests,
-                    self._options.compression,
-                    generation.number,
-                    save,
-                ).run(self._sink)
-        except Exception as error:  # noqa: BLE001 - a bug here must not stop training; it is counted
-            save.is_lost = True
-            self._failures.note(error)
-        finally:
-            rows, save.rows = save.rows, []
-            self._quota.end(row[2] for row in rows)
-            generation.finish()
-
-
-class _SaveEncoder:
-    """Encodes one save: chunks to the sink, entries to the caller."""
-
-    def __init__(
-        self,
-        encoder: codec.Encoder,
-        digests: DigestTable,
-        compression: str,
-        flush: int,
-        save: Save,
-    ) -> None:
-        self._encoder = encoder
-        self._digests = digests
-        self._has_digests = compression != "none"
-        self._flush = flush
-        self._steps = [row[0] for row in save.rows]
-        self._arrays = [row[1] for row in save.rows]
-        self._kept = save.kept
-        self._rows: list[tuple[ShardRow, Placed]] = []
-        self._entries: list[PendingEntry] = []
-
-    def run(self, sink: ShardSink) -> list[PendingEntry]:
-        kept = self._kept
-        if kept.series.dtype == dtypes.STRING:
-            self._strings()
-        elif kept.storing == "gridded" and kept.has_data:
-            for step, array in zip(self._steps, self._arrays, strict=True):
-                self._gridded(step, array)
-        else:
-            self._together()
-        if self._rows:
-            sink.add(self._rows)
-        return self._entries
-
-    # --- k steps to a chunk, or statistics alone --------------------------------------
-
-    def _together(self) -> None:
-        kept, arrays = self._kept, self._arrays
-        if len(arrays) == 1:
-            rows = arrays[0].reshape(1, -1)
-        else:
-            rows = np.concatenate(arrays, axis=None).reshape(len(arrays), -1)
-        if kept.stats is not None:
-            self._statistics(kept.stats, statistics.compute_rows(rows, dtype=kept.series.dtype))
-        if not kept.has_data:
-            return
-        raw = rows.view(np.uint8)
-        for at, stop in self._runs(grid.DEFAULT_CHUNK_NBYTES // max(1, kept.step_nbytes)):
-            steps = np.array(self._steps[at:stop], np.int64)
-            if stop - at > 1 and self._has_digests and _all_equal(raw[at:stop]):
-                self._chunk(kept.series, steps, 0, raw[at], is_repeat=True)
-            else:
-                self._chunk(kept.series, steps, 0, raw[at:stop].reshape(-1))
-
-    def _statistics(self, series: Series, vectors: np.ndarray) -> None:
-        for at, stop in self._runs(_MAX_STATS_STEPS):
-            steps = np.array(self._steps[at:stop], np.int64)
-            data = vectors[at:stop].astype("<f8").tobytes()
-            self._entry(series, steps, 0, _inline(data))
-
-    def _runs(self, most: int) -> Iterator[tuple[int, int]]:
-        """Give where runs of at most so many steps begin and end."""
-        for begin, end in runs_of_steps(np.array(self._steps, np.int64)):
-            for at in range(begin, end, max(1, most)):
-                yield at, min(at + max(1, most), end)
-
-    # --- large: a grid of chunks ----------------------------------------------------
-
-    def _gridded(self, step: int, array: np.ndarray) -> None:
-        series, stats = self._kept.series, self._kept.stats
-        steps = np.array([step], np.int64)
-        n = grid.n_chunks(series.shape, series.grid)
-        # Each chunk is summed up where it is encoded: it is in the cache then.
-        vectors = np.empty((n if stats is not None else 0, layout.STATS_LEN))
-        for number, chunk in enumerate(_chunks(array, series.grid)):
-            if stats is not None:
-                vectors[number] = statistics.compute(chunk, dtype=series.dtype)
-            self._chunk(series, steps, number, chunk.view(np.uint8))
-        if stats is not None:
-            whole = statistics.combine(vectors)
-            if not np.isfinite(whole[-3:]).all():  # the sums
-                whole = statistics.compute(array, dtype=series.dtype)
-            self._statistics(stats, whole[None])
-
-    def _strings(self) -> None:
-        series = self._kept.series
-        if self._kept.storing == "joined":
-            most = grid.DEFAULT_CHUNK_NBYTES // max(1, self._kept.step_nbytes)
-            for at, stop in self._runs(most):
-                texts = [s for a in self._arrays[at:stop] for s in a.reshape(-1).tolist()]
-                steps = np.array(self._steps[at:stop], np.int64)
-                self._chunk(series, steps, 0, _bytes_of_strings(texts))
-            return
-        for step, array in zip(self._steps, self._arrays, strict=True):
-            for number in range(grid.n_chunks(series.shape, series.grid)):
-                box = grid.chunk_box(series.shape, series.grid, number)
-                raw = _bytes_of_strings(array[_slices(box)].reshape(-1).tolist())
-                self._chunk(series, np.array([step], np.int64), number, raw)
-
-    # --- one chunk ------------------------------------------------------------------
-
-    def _chunk(
-        self,
-        series: Series,
-        steps: np.ndarray,
-        number: int,
-        raw: np.ndarray,
-        *,
-        is_repeat: bool = False,
-    ) -> None:
-        digest = None
-        if self._has_digests and raw.nbytes > _SMALL_PAYLOAD_NBYTES:
-            digest = xxhash.xxh3_64_intdigest(raw.data)
-            found = self._digests.find(series, number, digest, raw.nbytes, self._flush)
-            if found is not None and (is_repeat or len(steps) == 1):
-                self._entry(series, steps, number, found, is_repeat=is_repeat, is_new=False)
-                return
-        encoded = self._encoder.encode(raw, dtype=series.dtype, hint=self._kept.hint)
-        placed = Placed(
-            codec=encoded.codec,
-            raw_nbytes=raw.nbytes,
-            nbytes=encoded.nbytes,
-            crc32c=encoded.crc32c,
-            digest=digest,
-        )
-        if encoded.nbytes <= _SMALL_PAYLOAD_NBYTES:
-            placed.inline = encoded.to_bytes()
-        if encoded.codec == layout.CODEC_CONSTANT and len(steps) > 1 and not is_repeat:
-            # One step's worth says the same, and can be joined with what follows.
-            placed.raw_nbytes //= len(steps)
-            placed.digest, is_repeat = None, True
-        self._entry(series, steps, number, placed, is_repeat=is_repeat)
-        if placed.inline is not None:
-            return
-        if digest is not None and (is_repeat or len(steps) == 1):
-            self._digests.learn(series, number, placed, self._flush)
-        self._rows.append(
-            (
-                ShardRow(
-                    series=series,
-                    step=int(steps[0]),
-                    stride=_stride(steps),
-                    count=len(steps),
-                    chunk=number,
-                    flush=self._flush,
-                    codec=placed.codec,
-                    flags=_flags(placed, is_repeat=is_repeat),
-                    nbytes=placed.nbytes,
-                    raw_nbytes=placed.raw_nbytes,
-                    crc32c=placed.crc32c,
-                    digest=digest or 0,
-                    parts=encoded.parts,
-                ),
-                placed,
-            )
-        )
-
-    def _entry(
-        self,
-        series: Series,
-        steps: np.ndarray,
-        number: int,
-        placed: Placed,
-        *,
-        is_repeat: bool = False,
-        is_new: bool = True,
-    ) -> None:
-        self._entries.append(
-            PendingEntry(
-                series=series,
-                step=int(steps[0]),
-                stride=_stride(steps),
-                count=len(steps),
-                chunk=number,
-                placed=placed,
-                is_repeat=is_repeat,
-                is_new=is_new,
-            )
-        )
-
-
-def _flags(placed: Placed, *, is_repeat: bool) -> int:
-    return (layout.ENTRY_REPEAT if is_repeat else 0) | (
-        layout.ENTRY_HAS_DIGEST if placed.digest is not None else 0
-    )
-
-
-def _stride(steps: np.ndarray) -> int:
-    return int(steps[1] - steps[0]) if len(steps) > 1 else 1
-
-
-def _inline(data: bytes) -> Placed:
-    return Placed(
-        codec=layout.CODEC_RAW,
-        raw_nbytes=len(data),
-        nbytes=len(data),
-        crc32c=crc32c.crc32c(data),
-        inline=data,
-    )
-
-
-def _chunks(array: np.ndarray, cut: tuple[int, ...]) -> Iterator[np.ndarray]:
-    """Give the elements of each box of a grid, flat and contiguous, in the order of the chunks."""
-    shape = array.shape
-    counts = grid.chunk_counts(shape, cut)
-    # Boxes that are whole along all axes but the first are slices of memory as it lies.
-    if all(n <= 1 for n in counts[1:]):
-        flat = array.reshape(-1)
-        size = math.prod(shape[1:]) * (grid.steps_lengths(shape, cut)[0] if shape else 1)
-        for number in range(math.prod(counts)):
-            yield flat[number * size : (number + 1) * size]
-        return
-    for number in range(math.prod(counts)):
-        box = array[_slices(grid.chunk_box(shape, cut, number))]
-        yield np.ascontiguousarray(box).reshape(-1)
-
-
-def _slices(box: Iterable[tuple[int, int]]) -> tuple[slice, ...]:
-    return tuple(slice(begin, end) for begin, end in box)
-
-
-def _bytes_of_strings(texts: list[str]) -> np.ndarray:
-    return np.frombuffer(pack_strings(texts), np.uint8)
-
-
-def _all_equal(rows: np.ndarray) -> bool:
-    """Say whether all rows have the same bits, giving up at the first that differs."""
-    return all(np.array_equal(rows[0], row) for row in rows[1:])

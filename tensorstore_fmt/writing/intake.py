@@ -214,6 +214,7 @@ class Intake:
             nbytes,
             ask_flush=self._ask_flush,
             has_work=self._pool.has_work,
+            hurry=self._pool.hurry,
         )
 
     def _ask_flush(self) -> None:

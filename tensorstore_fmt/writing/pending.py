@@ -164,7 +164,7 @@ class Generation:
             self.finished += 1
             self.done.notify_all()
 
-    def wait(self) -> None:
-        """Wait until all saves are encoded; nothing may be added any more."""
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until all saves are encoded, and say so; nothing may be added any more."""
         with self.done:
-            self.done.wait_for(lambda: self.finished == len(self.saves))
+            return self.done.wait_for(lambda: self.finished == len(self.saves), timeout_s)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Final, Literal
 
 from tensorstore_fmt.writing.pending import Held
@@ -38,11 +39,12 @@ class Quota:
         *,
         ask_flush: Callable[[], None],
         has_work: Callable[[], bool],
+        hurry: Callable[[], AbstractContextManager[None]],
     ) -> bool:
         """Wait until so many bytes may be copied; False: they have to be dropped.
 
         `ask_flush` is called if nothing is being encoded and, as `has_work` says, nothing waits
-        for that: what is held then waits for a flush.
+        for that: what is held then waits for a flush. `hurry` is entered while this waits.
         """
         if not nbytes:
             return True
@@ -51,16 +53,27 @@ class Quota:
                 if self._when_full == "drop":
                     return False
                 begin = time.perf_counter()
-                while self._is_over(nbytes):
-                    if self._active or has_work():
-                        self._changed.wait(_IDLE_S)
-                        continue
-                    ask_flush()
-                    if not self._changed.wait_for(lambda: self._active, timeout=_IDLE_S):
-                        break  # all that is held belongs to this very call
+                with hurry():
+                    self._wait(nbytes, ask_flush, has_work)
                 self.stalled_s += time.perf_counter() - begin
             self._set(held, nbytes)
         return True
+
+    def _wait(
+        self, nbytes: int, ask_flush: Callable[[], None], has_work: Callable[[], bool]
+    ) -> None:
+        while self._is_over(nbytes):
+            if self._active or has_work():
+                self._changed.wait(_IDLE_S)
+                continue
+            ask_flush()
+            if not self._changed.wait_for(lambda: self._active, timeout=_IDLE_S):
+                break  # all that is held belongs to this very call
+
+    @property
+    def is_tight(self) -> bool:
+        """Whether more than half of what may wait does."""
+        return 2 * self._held_nbytes > self._limit
 
     def _is_over(self, nbytes: int) -> bool:
         return self._held_nbytes > 0 and self._held_nbytes + nbytes > self._limit

@@ -409,7 +409,8 @@ class RunWriter(Closeable):
         self._check_usable()
         number = self._intake.number
         self._committer.request(number, durable=durable)
-        is_safe = self._committer.wait(number, durable=durable)
+        with self._pool.hurry():
+            is_safe = self._committer.wait(number, durable=durable)
         self._failures.check()
         return is_safe
 
@@ -443,7 +444,8 @@ class RunWriter(Closeable):
             if self._is_closed:
                 return self._report or self._make_report(self._segments_nbytes())
             self._is_closed = True
-        self._committer.close()
+        with self._pool.hurry():
+            self._committer.close()
         self._pool.stop()
         self._sink.close()
         self._segments.stop()
