@@ -8,7 +8,6 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -35,14 +34,7 @@ def _patient(most: int) -> int:
     return max(1, min(most, cores - 1))
 
 
-@dataclass(slots=True, eq=False)
-class _Work:
-    """A save, and how far it is; `encoder` and `chunks` come with the first turn."""
-
-    generation: Generation
-    save: Save
-    encoder: SaveEncoder | None = None
-    chunks: Iterator[None] | None = None
+_Work = tuple[Generation, Save, SaveEncoder | None]  # None: nobody began it
 
 
 class EncoderPool:
@@ -92,7 +84,7 @@ class EncoderPool:
 
     def put(self, generation: Generation, save: Save) -> None:
         """Take a save that is closed."""
-        self._put(_Work(generation, save))
+        self._put((generation, save, None))
 
     def has_work(self) -> bool:
         """Say whether saves wait that no encoder has taken yet."""
@@ -158,45 +150,52 @@ class EncoderPool:
             with contextlib.suppress(OSError):  # a sandbox may forbid it
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST)
         while (work := self._take(is_patient=is_patient)) is not None:
-            if self._is_ended(work, is_patient=is_patient):
-                del work
-            else:
-                self._put(work)
+            left = self._encode(*work, is_patient=is_patient)
+            del work
+            if left is not None:
+                self._put(left)
+                del left
 
-    def _is_ended(self, work: _Work, *, is_patient: bool) -> bool:
-        """Go on with a save; False: it is not done, but the other shift's turn."""
-        save = work.save
-        if work.encoder is None:
-            if not work.generation.claim(save):
-                return True
+    def _encode(
+        self,
+        generation: Generation,
+        save: Save,
+        begun: SaveEncoder | None,
+        *,
+        is_patient: bool,
+    ) -> _Work | None:
+        """Go on with a save; give what is left of it, if it is the other shift's turn."""
+        if begun is None:
+            if not generation.claim(save):
+                return None
             self._quota.begin()
         is_done = True
         try:
             if save.rows:
-                is_done = self._encode(work, is_patient=is_patient)
+                begun = begun or self._begin(generation, save)
+                begun.encoder = self._encoder()
+                is_done = not any(is_patient and self._is_urgent for _ in begun.chunks)
         except Exception as error:  # noqa: BLE001 - a bug here must not stop training; it is counted
             save.is_lost = True
+            if begun is not None:
+                begun.abandon()
             self._failures.note(error)
         finally:
             if is_done:
                 rows, save.rows = save.rows, []
                 self._quota.end(row[2] for row in rows)
-                work.generation.finish()
-        return is_done
+                generation.finish()
+        return None if is_done else (generation, save, begun)
 
-    def _encode(self, work: _Work, *, is_patient: bool) -> bool:
-        if work.encoder is None:
-            work.encoder = SaveEncoder(
-                self._encoder(),
-                self._digests,
-                compression=self._options.compression,
-                flush=work.generation.number,
-                save=work.save,
-            )
-            work.chunks = work.encoder.run(self._sink)
-        assert work.chunks is not None
-        work.encoder.encoder = self._encoder()
-        return not any(is_patient and self._is_urgent for _ in work.chunks)
+    def _begin(self, generation: Generation, save: Save) -> SaveEncoder:
+        return SaveEncoder(
+            save,
+            generation.number,
+            self._sink,
+            encoder=self._encoder(),
+            digests=self._digests,
+            compression=self._options.compression,
+        )
 
     def _encoder(self) -> codec.Encoder:
         """Give the encoder of this thread."""

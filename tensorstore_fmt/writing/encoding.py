@@ -69,18 +69,22 @@ class SaveEncoder:
     ----------
     encoder
         Of the thread that goes on with it.
+    chunks
+        Does it; after each chunk of a large tensor another thread may go on.
     """
 
     def __init__(
         self,
+        save: Save,
+        flush: int,
+        sink: ShardSink,
+        *,
         encoder: codec.Encoder,
         digests: DigestTable,
-        *,
         compression: str,
-        flush: int,
-        save: Save,
     ) -> None:
         self.encoder = encoder
+        self.chunks = self._run(sink)
         self._save = save
         self._digests = digests
         self._has_digests = compression != "none"
@@ -91,8 +95,12 @@ class SaveEncoder:
         self._rows: list[tuple[ShardRow, Placed]] = []
         self._entries: list[PendingEntry] = []
 
-    def run(self, sink: ShardSink) -> Iterator[None]:
-        """Do it; after each chunk of a large tensor another thread may go on."""
+    def abandon(self) -> None:
+        """Say that what is not stored never will be: others may have found it by its digest."""
+        for _, placed in self._rows:
+            placed.is_dropped |= placed.shard is None
+
+    def _run(self, sink: ShardSink) -> Iterator[None]:
         kept = self._kept
         if kept.series.dtype == dtypes.STRING:
             self._strings()
@@ -206,8 +214,6 @@ class SaveEncoder:
         self._entry(series, steps, number, placed, is_repeat=is_repeat)
         if placed.inline is not None:
             return
-        if digest is not None and (is_repeat or len(steps) == 1):
-            self._digests.learn(series, number, placed, self._flush)
         self._rows.append(
             (
                 ShardRow(
@@ -228,6 +234,9 @@ class SaveEncoder:
                 placed,
             )
         )
+        # After it is among the rows: see `abandon`.
+        if digest is not None and (is_repeat or len(steps) == 1):
+            self._digests.learn(series, number, placed, self._flush)
 
     def _entry(
         self,

@@ -24,6 +24,7 @@ from tensorstore_fmt.writing import (
     commit,
     convert,
     encoders,
+    encoding,
     intake,
     pending,
     segments,
@@ -79,7 +80,7 @@ class _Module:
         return found
 
 
-_NUMPY = (buffers, commit, convert, encoders, pending)
+_NUMPY = (buffers, commit, convert, encoders, encoding, pending)
 _FUNCTIONS: tuple[tuple[Any, str], ...] = (
     (codec.Encoder, "__init__"),
     (codec.Encoder, "encode"),
@@ -92,10 +93,11 @@ _FUNCTIONS: tuple[tuple[Any, str], ...] = (
     (segments.page, "encode_entries"),
     (commit, "join_entries"),
     (commit, "pack_strings"),
-    (encoders, "pack_strings"),
-    (encoders, "Placed"),
-    (encoders, "PendingEntry"),
-    (encoders, "ShardRow"),
+    (encoding, "pack_strings"),
+    (encoding, "Placed"),
+    (encoding, "PendingEntry"),
+    (encoding, "ShardRow"),
+    (encoders, "SaveEncoder"),
     (staging, "InlineStage"),
     (staging, "Save"),
     (intake, "Held"),

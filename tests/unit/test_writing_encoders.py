@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partialmethod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from tensorstore_fmt.errors import StepDroppedError
 from tensorstore_fmt.format import codec
 from tensorstore_fmt.testing.writers import create_test_run
 from tensorstore_fmt.writing import encoders
+from tensorstore_fmt.writing.shards import ShardSink
 
 KIB = 1024
 CHUNK = (64, None)  # 64 KiB
@@ -174,6 +176,35 @@ def test_a_failure_after_a_change_of_hands_is_counted(
     assert gate.shifts()[:2] == [True, False]
     with tsf.open_run(tmp_path / "run") as found, pytest.raises(StepDroppedError):
         found["x"].read(step=0)
+
+
+def test_what_was_lost_is_not_found_by_its_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bytes are stored once, but these were not."""
+    value, add = tensor(0), ShardSink.add
+    left = [MemoryError("made to fail")]
+
+    def fail_once(sink: ShardSink, rows: Any) -> None:
+        if left:
+            raise left.pop()
+        add(sink, rows)
+
+    monkeypatch.setattr(ShardSink, "add", fail_once)
+    with create(tmp_path / "run", on_error="warn") as run:
+        run.log({"x": value}, step=0)
+        with pytest.warns(RuntimeWarning, match="made to fail"):
+            assert run.flush() is False
+        for step in (1, 2):
+            run.log({"x": value}, step=step)
+            assert run.flush() is True
+        with pytest.warns(RuntimeWarning, match="1 tensors DROPPED"):
+            run.close()
+    with tsf.open_run(tmp_path / "run") as found:
+        assert found["x"].steps.tolist() == [1, 2]
+        np.testing.assert_array_equal(found["x"].read(), [value, value])
+        with pytest.raises(StepDroppedError):
+            found["x"].read(step=0)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere processes have priorities, only")
