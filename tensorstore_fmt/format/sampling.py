@@ -6,6 +6,7 @@ them on a sample; a `Hint` remembers for a series what was chosen.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -72,7 +73,8 @@ _STRETCH_NBYTES: Final = 32 * 1024  # shorter, and nothing is found twice that i
 _STRETCHES: Final = 4
 
 # From fast to slow. Of whole chunks only what encodes them fast enough is tried.
-_OF_PLANES: Final = (_ENTROPY, _ENTROPY_8K, _LEVEL_1, LEVEL_3, _LEVEL_3_8K, _LEVEL_4)
+_FAST_OF_PLANES: Final = (_ENTROPY, _ENTROPY_8K, _LEVEL_1)
+_SLOW_OF_PLANES: Final = (LEVEL_3, _LEVEL_3_8K, _LEVEL_4)
 _OF_BYTES: Final = (_ENTROPY, _ENTROPY_8K, _LEVEL_1, LEVEL_3, _LAZY)
 _OF_WORDS: Final = (_ENTROPY, _LEVEL_1, LEVEL_3)
 
@@ -88,6 +90,7 @@ _PAYS: Final = {
 }
 _NOISE: Final = 0.98  # what is left of bytes that no setting makes smaller
 _HOPELESS: Final = 1.05  # a level that leaves so much more than the best: nor do those above it
+_FAR: Final = 0.85  # words that leave so much less than planes will not be beaten by them
 _REPEATS: Final = 0.7  # if level 1 leaves less of words, higher levels may find much more
 _WHOLE_PAYS: Final = 0.98
 _ROTATION_PAYS: Final = 0.997  # it costs a tenth of the time to encode, more to decode
@@ -95,6 +98,7 @@ _ROTATION_PAYS: Final = 0.997  # it costs a tenth of the time to encode, more to
 _FIRST_INTERVAL_NBYTES: Final = 32 * 1024 * 1024
 _LAST_INTERVAL_NBYTES: Final = 256 * 1024 * 1024
 _DRIFT: Final = 0.05
+_DRIFT_WEIGHT: Final = 1 / 8  # of a chunk in the mean that drifts: single ones may be unlike others
 _DRIFT_CHUNKS: Final = 4
 _MOST_DRIFT_CHUNKS: Final = 64
 _SAMPLES: Final = 3  # that count together: the first chunk alone may be unlike the others
@@ -136,17 +140,21 @@ class Hint:
     The caller keeps one per series and passes it to each `Encoder.encode`. A sample is taken
     at the first chunk and twice in the next 6 MiB, which count together, then every 32 MiB, at most
     twice as rarely each time it says the same again (up to 256 MiB), when chunks become much
-    larger, and, with growing patience, when what was achieved drifts from what was promised.
+    larger, and, with growing patience, when the moving mean of what is achieved drifts from what
+    was promised.
     Several threads may use one: a race costs or saves a sample, never correctness.
     """
 
-    __slots__ = ("_choice", "_chunks", "_has_drifted", "_interval", "_nbytes", "_patience")
+    __slots__ = (
+        "_choice", "_chunks", "_has_drifted", "_interval", "_nbytes", "_patience", "_remains"
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self._choice: Choice | None = None
         self._interval = _FIRST_INTERVAL_NBYTES
         self._patience = _DRIFT_CHUNKS
         self._has_drifted = False
+        self._remains = 0.0  # of the last chunks, as a fraction
         self._nbytes = 0
         self._chunks = 0
 
@@ -184,15 +192,17 @@ class Hint:
             self._patience = min(2 * self._patience, _MOST_DRIFT_CHUNKS)
         self._has_drifted = False
         self._choice = choice
+        self._remains = choice.expected
         self._nbytes = self._chunks = 0
 
     def note(self, nbytes: int, stored: int) -> None:
         """Take how many bytes of a chunk were left."""
         self._nbytes += nbytes
         self._chunks += 1
+        self._remains += _DRIFT_WEIGHT * (stored / nbytes - self._remains)
         choice = self._choice
         if choice is not None and self._chunks >= self._patience:
-            self._has_drifted = abs(stored / nbytes - choice.expected) > _DRIFT
+            self._has_drifted = abs(self._remains - choice.expected) > _DRIFT
 
 
 # --- choosing -------------------------------------------------------------------
@@ -234,32 +244,56 @@ def _look(raw: _Bytes, dtype: str, zstd: Compressors) -> Sample:
     sample = _sample(raw, max(1, dtypes.itemsize(dtype)))
     if w <= 1:
         return {_WHOLE: _try(sample, zstd, _OF_BYTES)}
-    found: dict[_Run, Mapping[int, float]] = {}
-    cut = np.empty((w, len(sample) // w), np.uint8)
-    least = 1.0
+    cut: dict[_Run, _Bytes] = {}
     for rotated in (False,) if dtypes.is_integer(dtype) else (False, True):
-        planes.split(sample, list(cut), rotated=rotated)
-        for i, plane in enumerate(cut):
-            found[rotated, i] = _try(plane, zstd, _OF_PLANES)
-        least = min(least, sum(min(found[rotated, i].values()) for i in range(w)) / w)
+        planes_of_it = list(np.empty((w, len(sample) // w), np.uint8))
+        planes.split(sample, planes_of_it, rotated=rotated)
+        cut.update({(rotated, i): plane for i, plane in enumerate(planes_of_it)})
+    found: dict[_Run, dict[int, float]]
+    found = {run: _try(plane, zstd, _FAST_OF_PLANES) for run, plane in cut.items()}
+    whole = {_LEVEL_1: len(zstd[_LEVEL_1].compress(sample.data)) / len(sample)}
+    remains = _remains(found, w)
+    if whole[_LEVEL_1] > min(remains.values()) * _FAR:  # else slower settings do not help planes
+        # They help both in the same way, so they are tried on the one that is better.
+        better = remains.get(True, math.inf) < remains[False] * _ROTATION_PAYS
+        for i in range(w):
+            _try(cut[better, i], zstd, _SLOW_OF_PLANES, found[better, i])
+    least = min(_remains(found, w).values())
     # What is not made smaller by finding words again is better as planes.
-    fraction = len(zstd[_LEVEL_1].compress(sample.data)) / len(sample)
-    is_hopeless = fraction > least * _HOPELESS and fraction > _REPEATS
-    found[_WHOLE] = {_LEVEL_1: fraction} if is_hopeless else _try(sample, zstd, _OF_WORDS)
-    return found
+    if whole[_LEVEL_1] <= max(least * _HOPELESS, _REPEATS):
+        whole = _try(sample, zstd, _OF_WORDS)
+    return {**found, _WHOLE: whole}
 
 
-def _try(run: _Bytes, zstd: Compressors, settings: Sequence[int]) -> Mapping[int, float]:
-    """Give the fractions that remain, of settings that are worth trying."""
-    found: dict[int, float] = {}
+def _remains(found: Mapping[_Run, Mapping[int, float]], w: int) -> dict[bool, float]:
+    """Give what remains of all planes at best, not rotated and rotated."""
+    remains = dict.fromkeys((rotated for rotated, _ in found), 0.0)
+    for (rotated, _), fractions in found.items():
+        remains[rotated] += min(fractions.values()) / w
+    return remains
+
+
+def _try(
+    run: _Bytes,
+    zstd: Compressors,
+    settings: Sequence[int],
+    found: dict[int, float] | None = None,
+) -> dict[int, float]:
+    """Find the fractions that remain, of settings that are worth trying after those `found`."""
+    found = {} if found is None else found
     for setting in settings:
+        if _is_hopeless(found):
+            break
         if setting == _ENTROPY_8K and found[_ENTROPY] > _NOISE:
             continue
-        fraction = found[setting] = len(zstd[setting].compress(run.data)) / len(run)
-        is_level = setting not in (_ENTROPY, _ENTROPY_8K)
-        if is_level and (fraction > _NOISE or fraction > min(found.values()) * _HOPELESS):
-            break
+        found[setting] = len(zstd[setting].compress(run.data)) / len(run)
     return found
+
+
+def _is_hopeless(found: Mapping[int, float]) -> bool:
+    """Say whether the highest level so far finds nothing, so that those above it will not."""
+    levels = [fraction for setting, fraction in found.items() if setting >= _LEVEL_1]
+    return bool(levels) and levels[-1] > min(_NOISE, min(found.values()) * _HOPELESS)
 
 
 def _mean(samples: Sequence[Sample]) -> Sample:

@@ -192,6 +192,33 @@ def test_a_hint_notices_other_data() -> None:
     assert encoder.samples == 4
 
 
+def test_a_hint_takes_chunks_together() -> None:
+    """Chunks that are unlike each other are no change of the series."""
+    encoder, hint = Counting(), sampling.Hint()
+    random = np.random.default_rng(3)
+    values = weights(1 << 18)
+    for _ in range(60):
+        is_zero = random.random(1 << 18) > random.uniform(0.2, 0.35)
+        sparse = np.where(is_zero, np.float32(0), values)
+        encoder.encode(as_bytes(sparse), dtype="float32", hint=hint)
+    assert encoder.samples == 4  # three that count together, and the one after 32 MiB
+
+
+def test_slow_settings_are_tried_where_they_may_win() -> None:
+    zstd, slow = sampling.compressors(), set(sampling._SLOW_OF_PLANES)
+
+    def searched(raw: np.ndarray) -> set[bool]:
+        sample = sampling.choose(raw, "float32", zstd).samples[0]
+        return {rotated for (rotated, i), found in sample.items() if i >= 0 and slow & set(found)}
+
+    random = np.random.default_rng(5)
+    phrases = random.integers(0, 256, (256, 32), np.uint8)
+    assert searched(phrases[random.integers(0, 256, 8192)].reshape(-1)) == set()
+    # Rotated or not, whichever is better.
+    gradients = np.where(random.random(1 << 16) < 0.5, weights(1 << 16), 0)
+    assert len(searched(as_bytes(gradients.astype(np.float32)))) == 1
+
+
 def test_a_hint_survives_another_dtype_and_size() -> None:
     encoder, hint = Counting(), sampling.Hint()
     for dtype, raw in [("float32", as_bytes(weights(100))), ("float32", as_bytes(weights())),
