@@ -187,22 +187,22 @@ def read_ten(run: tsf.Run, seed: int) -> None:
             raise AssertionError(f"{name} at {step}: {found!r:.100}")
 
 
-def many_threads(channel: Channel, url: str, count: int) -> tuple[int, int, int, list[str]]:
-    """Read in so many threads at once.
+def many_threads(channel: Channel, url: str, count: int) -> tuple[int, int, list[int], list[str]]:
+    """Read in so many threads at once, and again in as many.
 
     Returns
     -------
     tuple
-        Threads that came to their end; by how many bytes memory grew at most, and for good;
-        what went wrong.
+        Threads that came to their end; by how many bytes memory grew at most; what was kept of it
+        after each time; what went wrong.
     """
     write_small(url)
     threading.stack_size(256 * 1024)
-    start = threading.Event()
     wrong: list[str] = []
     done: list[int] = []
+    kept: list[int] = []
 
-    def work(number: int) -> None:
+    def work(number: int, start: threading.Event) -> None:
         start.wait()
         try:
             read_ten(run, number)
@@ -212,17 +212,19 @@ def many_threads(channel: Channel, url: str, count: int) -> tuple[int, int, int,
 
     with tsf.open_run(url) as run:
         before = health()[0]
-        threads = [threading.Thread(target=work, args=(number,)) for number in range(count)]
-        for thread in threads:
-            thread.start()
-        start.set()
-        for thread in threads:
-            thread.join()
-        peak = peak_kib() * 1024 - before
-        threads.clear()
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # what the C library keeps of freed memory is not ours
-        return len(done), peak, health()[0] - before, wrong
+        for _ in range(2):
+            start = threading.Event()
+            threads = [threading.Thread(target=work, args=(i, start)) for i in range(count)]
+            for thread in threads:
+                thread.start()
+            start.set()
+            for thread in threads:
+                thread.join()
+            threads.clear()
+            gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)  # what the C library keeps of freed memory is not ours
+            kept.append(health()[0] - before)
+        return len(done), peak_kib() * 1024 - before, kept, wrong
 
 
 def fork_readers(channel: Channel, url: str, count: int) -> tuple[list[int], bytes]:

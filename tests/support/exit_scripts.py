@@ -216,4 +216,6 @@ def _is_with(file: str, line: int) -> bool:
 
 
 if __name__ == "__main__":
+    # Tests that run in the background of a shell inherit that Ctrl-C is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     globals()[sys.argv[1]](sys.argv[2])
