@@ -608,6 +608,31 @@ def test_removed_hooks_save_nothing(url: Path) -> None:
     assert saved(url)["head.weight"] == [0, 1]
 
 
+def test_encoders_wait_while_a_step_is_logged(url: Path) -> None:
+    """They would use the same memory; without an optimizer nothing says where a step ends."""
+    parts = build()
+    model = parts[0]
+    held: list[bool] = []
+
+    def look(*_: object) -> None:
+        held.append(run._pool._is_held)
+
+    with tsf.create_run(url) as run:
+        with attach(model, run, optimizer=parts[1], every=2):
+            model.register_forward_hook(look)
+            for _ in range(4):
+                run.flush()  # nothing older is left
+                train(parts, 1)
+                look()
+            model(batch(0)[0])
+        assert not run._pool._is_held
+        assert held == [True, False, False, False, True, False, False, False, True]
+        held.clear()
+        with attach(model, run, every=1, start_step=8):
+            model(batch(0)[0])
+        assert held == [False]
+
+
 def test_two_models_in_one_run(url: Path) -> None:
     one, two = build(), build()
     with (

@@ -46,6 +46,15 @@ class Recorder:
         with self._lock:
             self._waiting.clear()
 
+    def hold(self) -> None:
+        """Let encoders wait until the step's end, which has to be told."""
+        if self.is_due:
+            self._run.hold_encoding()
+
+    def end(self) -> None:
+        """Let encoders work: the step has ended."""
+        self._run.release_encoding()
+
     def is_awaited(self, name: str) -> bool:
         """Say whether another tensor of this step waits for this one."""
         return name in self._waiting

@@ -83,6 +83,7 @@ class Steps:
             handle.remove()
         self._handles.clear()
         self.recorder.is_due = False
+        self.recorder.end()
         self.recorder.close()
 
     @property
@@ -93,6 +94,7 @@ class Steps:
     def end(self) -> None:
         """Let the next forward begin a step."""
         self._may_go_on = False
+        self.recorder.end()
 
     def tell(self, step: int, mode: str | None) -> None:
         """Begin a step with a number of the caller's; forwards begin none from now on."""
@@ -118,5 +120,7 @@ class Steps:
         self._next = step + 1
         self._may_go_on = True
         self.recorder.begin(step, mode_step, mode)
+        if self._ends_by_optimizer and mode == "TRAIN":
+            self.recorder.hold()
         self._modules.begin()
         self._optimizers.begin()

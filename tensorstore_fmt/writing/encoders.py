@@ -66,7 +66,9 @@ class EncoderPool:
         self._patient = threading.Condition(self._lock)
         self._urgent = threading.Condition(self._lock)
         self._queue: deque[_Work] = deque()
+        self._working = 0
         self._hurries = 0
+        self._is_held = False
         self._is_stopping = False
         self._own = threading.local()
         self._threads = [
@@ -103,6 +105,17 @@ class EncoderPool:
         finally:
             self._hurry(-1)
 
+    def hold(self) -> None:
+        """Let the patient shift wait for `release`, if it has nothing to do now."""
+        with self._lock:
+            self._is_held = not self._queue and not self._working
+
+    def release(self) -> None:
+        """Undo `hold`."""
+        with self._lock:
+            self._patient.notify_all()
+            self._is_held = False
+
     def stop(self) -> None:
         """Let the threads end when all work is done, and wait for them."""
         with self._lock:
@@ -129,18 +142,28 @@ class EncoderPool:
 
     def _put(self, work: _Work) -> None:
         with self._lock:
-            (self._urgent if self._is_urgent else self._patient).notify()
+            self._wake()
             self._queue.append(work)
 
+    def _wake(self) -> None:
+        if self._is_urgent:
+            self._urgent.notify()
+        elif not self._is_held:
+            self._patient.notify()
+
+    def _has_turn(self, *, is_patient: bool) -> bool:
+        return not self._is_urgent and not self._is_held if is_patient else self._is_urgent
+
     def _take(self, *, is_patient: bool) -> _Work | None:
-        own, other = self._patient, self._urgent
-        if not is_patient:
-            own, other = other, own
+        own = self._patient if is_patient else self._urgent
         with self._lock:
-            while not self._is_stopping and not (self._queue and is_patient != self._is_urgent):
+            while not self._is_stopping and not (
+                self._queue and self._has_turn(is_patient=is_patient)
+            ):
                 if self._queue:  # that changed after somebody was woken
-                    other.notify()
+                    self._wake()
                 own.wait()
+            self._working += bool(self._queue)
             return self._queue.popleft() if self._queue else None
 
     # --- in the threads -------------------------------------------------------------
@@ -152,9 +175,11 @@ class EncoderPool:
         while (work := self._take(is_patient=is_patient)) is not None:
             left = self._encode(*work, is_patient=is_patient)
             del work
-            if left is not None:
-                self._put(left)
-                del left
+            with self._lock:
+                self._working -= 1
+                if left is not None:
+                    self._put(left)
+            del left
 
     def _encode(
         self,

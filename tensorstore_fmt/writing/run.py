@@ -380,6 +380,18 @@ class RunWriter(Closeable):
             check_step(step), number, mode_step=check_step(mode_step), time_us=wall_time_us
         )
 
+    def hold_encoding(self) -> None:
+        """Let what is logged from here on wait until `release_encoding`: a step is being logged.
+
+        Copying is faster while no encoder uses the same memory and cores. What was logged before
+        is encoded; and so is all else when half of ``queue_bytes`` waits, or somebody waits for it.
+        """
+        self._pool.hold()
+
+    def release_encoding(self) -> None:
+        """End what `hold_encoding` began, if it did."""
+        self._pool.release()
+
     def _request(self, number: int) -> None:
         self._committer.request(number)
 

@@ -107,6 +107,48 @@ def test_nothing_hurries_while_nobody_waits(tmp_path: Path, gate: Gate) -> None:
         assert all(gate.shifts())
 
 
+def test_what_is_held_waits_until_it_is_released(tmp_path: Path, gate: Gate) -> None:
+    gate.may_pass.set()
+    with create(tmp_path / "run") as run:
+        for step in range(2):
+            run.hold_encoding()
+            run.log({"x": tensor(step)}, step=step)
+            run.log({"y": tensor(step)}, step=step)
+            time.sleep(0.05)
+            assert len(gate.seen) == 16 * step
+            run.release_encoding()
+            wait_until(lambda done=16 * (step + 1): len(gate.names) == done)  # type: ignore[misc]
+            wait_until(lambda: not run._pool._working)
+        assert all(gate.shifts())
+        run.release_encoding()  # once more is nothing
+
+
+def test_nobody_waits_for_what_is_held(tmp_path: Path, gate: Gate) -> None:
+    gate.may_pass.set()
+    with create(tmp_path / "run", queue_bytes=4 * tensor(0).nbytes) as run:
+        run.hold_encoding()
+        run.log({"x": tensor(0)}, step=0)
+        assert run.flush()
+        assert len(gate.seen) == 8
+        for step in range(1, 9):  # more than there is room for
+            run.log({"x": tensor(step)}, step=step)
+        assert len(gate.seen) > 8
+    assert not any(gate.shifts())
+    with tsf.open_run(tmp_path / "run") as found:
+        np.testing.assert_array_equal(found["x"].read(), [tensor(step) for step in range(9)])
+
+
+def test_older_work_is_not_held(tmp_path: Path, gate: Gate) -> None:
+    with create(tmp_path / "run") as run:
+        run.log({"x": tensor(0)}, step=0)
+        wait_until(lambda: len(gate.seen) == 1)  # it is being encoded
+        run.hold_encoding()
+        run.log({"x": tensor(1)}, step=1)
+        gate.may_pass.set()
+        wait_until(lambda: len(gate.names) == 16)
+    assert all(gate.shifts())
+
+
 def test_who_is_blocked_is_helped(tmp_path: Path, gate: Gate) -> None:
     """A full queue, while the patient ones have no time at all but for the chunk they have."""
     value = tensor(0)
