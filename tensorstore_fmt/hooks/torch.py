@@ -40,6 +40,7 @@ from tensorstore_fmt.hooks.torch_stopping import StopHook
 from tensorstore_fmt.rules.stopping import StopWatcher
 from tensorstore_fmt.writing.convert import check_mode, check_step
 from tensorstore_fmt.writing.run import RunWriter, create_run
+from tensorstore_fmt.writing.torch_snapshots import copy_with_torch_threads
 
 __all__ = ["TorchHook", "attach"]
 
@@ -154,6 +155,7 @@ def attach(
         first=start_step,
     )
     steps.register()
+    copy_with_torch_threads()
     stop = _stop_hook(module, optimizers, writer, workers, None) if stoppable else None
     return TorchHook(writer, steps, guard, owns_run=owns_run, stop=stop)
 

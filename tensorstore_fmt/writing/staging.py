@@ -12,10 +12,11 @@ from tensorstore_fmt import dtypes
 from tensorstore_fmt.errors import ArgumentError
 from tensorstore_fmt.format import grid, layout
 from tensorstore_fmt.format.strings import pack_strings
-from tensorstore_fmt.writing.convert import Snapshot, check_name
+from tensorstore_fmt.writing.convert import check_name
 from tensorstore_fmt.writing.options import StatsChoice, WriterOptions
 from tensorstore_fmt.writing.pending import Generation, Held, InlineStage, Save
 from tensorstore_fmt.writing.series import Group, Kept, SeriesBook
+from tensorstore_fmt.writing.snapshots import Snapshot
 
 __all__ = ["Part", "Staging", "Tensor", "check_box", "check_part", "flatten"]
 

@@ -7,7 +7,8 @@ import pytest
 
 from tensorstore_fmt import dtypes
 from tensorstore_fmt.errors import ArgumentError
-from tensorstore_fmt.writing.convert import Snapshot, snapshot
+from tensorstore_fmt.writing.convert import snapshot
+from tensorstore_fmt.writing.snapshots import Snapshot
 
 __all__ = ["bits", "check_owned", "refusal"]
 

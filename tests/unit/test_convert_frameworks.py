@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,6 +14,7 @@ from support.snapshots import bits, check_owned, refusal
 
 from tensorstore_fmt import dtypes
 from tensorstore_fmt.errors import ArgumentError
+from tensorstore_fmt.writing import torch_snapshots
 from tensorstore_fmt.writing.convert import (
     check_step,
     snapshot,
@@ -47,6 +52,51 @@ def test_torch_dtypes_keep_every_bit(torch: Any, name: str, shape: tuple[int, ..
     assert (shot.dtype, shot.array.shape) == (name, shape)
     assert bits(shot.array) == raw.tobytes()
     assert not np.shares_memory(shot.array, raw)
+
+
+@pytest.fixture
+def threads(torch: Any) -> Iterator[None]:
+    """Let two threads of torch copy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    torch_snapshots.copy_with_torch_threads()
+    yield
+    torch_snapshots._threads.pid = 0
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("name", TORCH_DTYPES)
+def test_torch_copies_every_bit(torch: Any, name: str) -> None:
+    size = dtypes.itemsize(name)
+    raw = np.random.default_rng(0).integers(0, 256, (300, 700, size), dtype=np.uint8)
+    if name == "bool":
+        raw &= 1
+    tensor = torch.empty((300, 700), dtype=getattr(torch, name))
+    tensor.untyped_storage().copy_(torch.from_numpy(raw.ravel()).untyped_storage())
+    for view, expected in [
+        (tensor, raw),
+        (tensor.T, raw.transpose(1, 0, 2)),
+        (tensor[::2, 100:], raw[::2, 100:]),
+    ]:
+        shot = snapshot("x", view, empty=np.empty)
+        check_owned(shot)
+        assert (shot.dtype, shot.array.shape) == (name, tuple(view.shape))
+        assert bits(shot.array) == expected.tobytes()
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.skipif(sys.platform != "linux", reason="fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_copies_without_torchs_threads(torch: Any) -> None:
+    tensor = torch.ones(1 << 22)
+    assert float(snapshot("x", tensor + 1, empty=np.empty).array[-1]) == 2.0  # the threads work
+    child = os.fork()
+    if child == 0:
+        threading.Timer(30, os._exit, [2]).start()
+        shot = snapshot("x", tensor, empty=np.empty)
+        os._exit(int(shot.array.sum() != 1 << 22))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_torch_views_and_gradients(torch: Any) -> None:
