@@ -119,6 +119,7 @@ class Steps:
     def _begin(self, step: int, mode_step: int, mode: str | None) -> None:
         self._next = step + 1
         self._may_go_on = True
+        self.recorder.end()  # a step that a scaler skipped has not said so
         self.recorder.begin(step, mode_step, mode)
         if self._ends_by_optimizer and mode == "TRAIN":
             self.recorder.hold()

@@ -108,6 +108,8 @@ class EncoderPool:
     def hold(self) -> None:
         """Let the patient shift wait for `release`, if it has nothing to do now."""
         with self._lock:
+            if self._queue:  # an earlier `hold` was not released
+                self._patient.notify_all()
             self._is_held = not self._queue and not self._working
 
     def release(self) -> None:

@@ -138,6 +138,17 @@ def test_nobody_waits_for_what_is_held(tmp_path: Path, gate: Gate) -> None:
         np.testing.assert_array_equal(found["x"].read(), [tensor(step) for step in range(9)])
 
 
+def test_who_holds_again_lets_go_of_what_waits(tmp_path: Path, gate: Gate) -> None:
+    gate.may_pass.set()
+    with create(tmp_path / "run") as run:
+        run.hold_encoding()
+        run.log({"x": tensor(0)}, step=0)
+        run.hold_encoding()
+        wait_until(lambda: len(gate.names) == 8)
+        run.hold_encoding()
+    assert all(gate.shifts())
+
+
 def test_older_work_is_not_held(tmp_path: Path, gate: Gate) -> None:
     with create(tmp_path / "run") as run:
         run.log({"x": tensor(0)}, step=0)
