@@ -21,9 +21,10 @@ class HookCall:
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        disabled: Callable[..., Any] = torch.compiler.disable(function)
-        self._function = disabled
+        self._function = function
 
+    # Not the function alone: this frame would be compiled then, for nothing.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any) -> Any:  # noqa: ANN401 - what PyTorch gives and takes
         """Call the function."""
         return self._function(*args)
