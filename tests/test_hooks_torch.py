@@ -608,6 +608,37 @@ def test_removed_hooks_save_nothing(url: Path) -> None:
     assert saved(url)["head.weight"] == [0, 1]
 
 
+def test_small_parameters_are_logged_together(url: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[set[str]] = []
+    log = tsf.RunWriter.log
+
+    def counted(run: Any, data: dict[str, Any], **where: Any) -> None:
+        calls.append(set(data))
+        if "gradient/head.bias" in data:
+            raise ValueError("this one")
+        log(run, data, **where)
+
+    monkeypatch.setattr(tsf.RunWriter, "log", counted)
+    parts = build()
+    with (
+        pytest.warns(RuntimeWarning, match="gradient/head.bias"),
+        attach(
+            parts[0],
+            url,
+            optimizer=parts[1],
+            every=1,
+            collections=["weights", "biases", "gradients"],
+        ) as hook,
+    ):
+        train(parts, 1)
+    names = {name for name, _ in parts[0].named_parameters()}
+    every = names | {f"gradient/{name}" for name in names}
+    assert calls[0] == every  # then each for itself, as one of them fails
+    assert sorted(calls[1:], key=min) == sorted(({name} for name in every), key=min)
+    assert hook.failures == {"gradient/head.bias": 1}
+    assert set(saved(url)) == every - {"gradient/head.bias"}
+
+
 def test_encoders_wait_while_a_step_is_logged(url: Path) -> None:
     """They would use the same memory; without an optimizer nothing says where a step ends."""
     parts = build()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final, Literal
 
 import torch
 
@@ -17,6 +19,18 @@ if TYPE_CHECKING:
     from tensorstore_fmt.writing.run import RunWriter
 
 __all__ = ["Recorder"]
+
+_SMALL_NBYTES: Final = 256 * 1024
+_TOGETHER_NBYTES: Final = 1024 * 1024  # a call of `log` takes all or nothing: it must not be large
+
+_Gathered = list[tuple[str, dict[str, object]]]
+
+
+class _Thread(threading.local):
+    """What one thread gathers, to log it in one call."""
+
+    gathered: _Gathered | None = None
+    nbytes = 0
 
 
 class Recorder:
@@ -32,6 +46,7 @@ class Recorder:
         self._prefix = prefix
         self._staging = Staging(self._log_staged, guard)
         self._lock = threading.Lock()
+        self._own = _Thread()
         self._known: set[str] = set()
         self._waiting: dict[str, list[tuple[str, torch.Tensor, Reduction]]] = {}
         self.step = 0
@@ -77,8 +92,41 @@ class Recorder:
         if wanted is not None:
             self._add(values, name, tensor, wanted)
         self._combine(values, name, tensor)
-        if values:
+        if not values:
+            return
+        gathered = self._own.gathered
+        if gathered is None or tensor.nbytes >= _SMALL_NBYTES:
             self.log(values)
+            return
+        gathered.append((name, values))
+        self._own.nbytes += tensor.nbytes
+        if self._own.nbytes >= _TOGETHER_NBYTES:
+            self._log_gathered(gathered)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Log small tensors that this thread takes inside in few calls, the last at the end.
+
+        Nobody may change them before.
+        """
+        own = self._own
+        gathered: _Gathered = []
+        own.gathered = gathered
+        try:
+            yield
+        finally:
+            own.gathered = None
+            if gathered:
+                self._log_gathered(gathered)
+
+    def _log_gathered(self, gathered: _Gathered) -> None:
+        every, gathered[:] = gathered[:], []
+        self._own.nbytes = 0
+        try:
+            self.log({name: value for _, values in every for name, value in values.items()})
+        except Exception:  # noqa: BLE001 - whichever it was is found out, and named, below
+            for name, values in every:
+                self._guard.call(name, self.log, values)
 
     def log(self, values: dict[str, object]) -> None:
         """Log values at the present step, under this hook's prefix."""

@@ -105,12 +105,13 @@ class OptimizerHooks:
         recorder = self._recorder
         if not recorder.is_due:
             return
-        if optimizer is self._optimizers[0]:
-            self._take_parameters()
         mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for name, parameter in self._module.named_parameters():
-            if parameter.grad is not None and id(parameter) in mine:
-                recorder.take("gradient", f"gradient/{name}", parameter.grad)
+        with recorder.together():
+            if optimizer is self._optimizers[0]:
+                self._take_parameters()
+            for name, parameter in self._module.named_parameters():
+                if parameter.grad is not None and id(parameter) in mine:
+                    recorder.take("gradient", f"gradient/{name}", parameter.grad)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, _args: object, _kwargs: object) -> None:
         self._stepped()
@@ -118,6 +119,7 @@ class OptimizerHooks:
         if not recorder.is_due or not self._chooser.may_want("optimizer"):
             return
         state: dict[Any, Any] = optimizer.state
-        for name, parameter in self._module.named_parameters():
-            for place, tensor in walk(state.get(parameter), f"optimizer/{name}"):
-                recorder.take("optimizer", place, tensor)
+        with recorder.together():
+            for name, parameter in self._module.named_parameters():
+                for place, tensor in walk(state.get(parameter), f"optimizer/{name}"):
+                    recorder.take("optimizer", place, tensor)
