@@ -72,8 +72,8 @@ def test_threads_share_a_reader(folder: Path, server: ForkServer) -> None:
     assert not wrong, wrong[0]
     assert done == 2 * count
     assert peak < 128 * MIB + count * 2 * MIB  # each has a stack, and scratch memory while it lives
-    assert kept[0] < 96 * MIB + count * 32 * 1024  # between what is still used in heaps of many
-    assert kept[1] - kept[0] < 32 * MIB  # nothing is left behind by a thread
+    # Heaps of many threads keep some; what each left behind would be there twice after both.
+    assert max(kept) < 96 * MIB + count * 16 * 1024
 
 
 def test_processes_share_a_reader(folder: Path, server: ForkServer) -> None:
