@@ -121,7 +121,10 @@ class WriterBuilder:
         data = b"".join(segment.encode(made, series, shards, page.encode_entries(entries)))
         path = self.run.root / made.name.path
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(data)
+        # Whole or not at all, as storages do it: readers may be looking.
+        unseen = self.run.root / f"{made.name.path.replace('/', '-')}.tmp"
+        unseen.write_bytes(data)
+        unseen.replace(path)
         return made.name
 
     def _store(self, rows: list[_Row]) -> list[tuple[layout.ShardName, int]]:
