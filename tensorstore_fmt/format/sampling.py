@@ -76,7 +76,6 @@ _STRETCHES: Final = 4
 _FAST_OF_PLANES: Final = (_ENTROPY, _ENTROPY_8K, _LEVEL_1)
 _SLOW_OF_PLANES: Final = (LEVEL_3, _LEVEL_3_8K, _LEVEL_4)
 _OF_BYTES: Final = (_ENTROPY, _ENTROPY_8K, _LEVEL_1, LEVEL_3, _LAZY)
-_OF_WORDS: Final = (_ENTROPY, _LEVEL_1, LEVEL_3)
 
 # A slower setting has to save this fraction of what the faster ones leave.
 _PAYS: Final = {
@@ -261,7 +260,8 @@ def _look(raw: _Bytes, dtype: str, zstd: Compressors) -> Sample:
     least = min(_remains(found, w).values())
     # What is not made smaller by finding words again is better as planes.
     if whole[_LEVEL_1] <= max(least * _HOPELESS, _REPEATS):
-        whole = _try(sample, zstd, _OF_WORDS)
+        whole = {**_try(sample, zstd, (_ENTROPY,)), **whole}  # from fast to slow
+        _try(sample, zstd, (LEVEL_3,), whole)
     return {**found, _WHOLE: whole}
 
 

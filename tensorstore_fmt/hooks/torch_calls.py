@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,10 +22,9 @@ class HookCall:
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
+        _never_compile()
         self._function = function
 
-    # Not the function alone: this frame would be compiled then, for nothing.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any) -> Any:  # noqa: ANN401 - what PyTorch gives and takes
         """Call the function."""
         return self._function(*args)
@@ -33,3 +33,9 @@ class HookCall:
         # Of the standard library, so that a saved model can be loaded without this one. It takes
         # any arguments and returns None.
         return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+@functools.cache
+def _never_compile() -> None:
+    """Keep the compiler out of the call itself; not at import, which would import the compiler."""
+    HookCall.__call__ = torch.compiler.disable(HookCall.__call__)  # type: ignore[method-assign]

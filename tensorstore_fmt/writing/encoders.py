@@ -114,6 +114,8 @@ class EncoderPool:
 
     def release(self) -> None:
         """Undo `hold`."""
+        if not self._is_held:  # as a rule: nobody is woken for nothing between two steps
+            return
         with self._lock:
             self._patient.notify_all()
             self._is_held = False

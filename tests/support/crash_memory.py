@@ -28,6 +28,7 @@ from tensorstore_fmt.writing import (
     intake,
     pending,
     segments,
+    snapshots,
     staging,
 )
 
@@ -80,7 +81,7 @@ class _Module:
         return found
 
 
-_NUMPY = (buffers, commit, convert, encoders, encoding, pending)
+_NUMPY = (buffers, commit, convert, encoders, encoding, pending, snapshots)
 _FUNCTIONS: tuple[tuple[Any, str], ...] = (
     (codec.Encoder, "__init__"),
     (codec.Encoder, "encode"),
