@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import sys
+import threading
 from collections.abc import Sequence
-from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -29,7 +30,7 @@ from tensorstore_fmt.reading.inline import gather_rows
 from tensorstore_fmt.reading.placing import Decoder, Payload, straight_places
 from tensorstore_fmt.reading.plan import merge_ranges
 from tensorstore_fmt.reading.raw import RawPayloads, read_raw
-from tensorstore_fmt.storage import Range, Storage
+from tensorstore_fmt.storage import BytesLike, Range, Storage
 
 __all__ = ["check_room", "read_all"]
 
@@ -37,10 +38,10 @@ _I64 = NDArray[np.int64]
 _Array = NDArray[Any]
 
 _THREADED_NBYTES: Final = 1024 * 1024
-_REMOTE_BATCH_NBYTES: Final = 32 * 1024 * 1024  # two of them are in memory
+_REMOTE_NBYTES: Final = 64 * 1024 * 1024  # on their way at the same time
 _STRAIGHT_NBYTES: Final = 256 * 1024  # less is better merged with what others ask for
 _LOCAL_BATCH_NBYTES: Final = 2 * 1024 * 1024
-_REMOTE_REQUEST_NBYTES: Final = 8 * 1024 * 1024
+_REMOTE_REQUEST_NBYTES: Final = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,7 @@ class _Fill:
 
 
 def read_all(storage: Storage, assemblies: Sequence[Assembly]) -> list[_Array]:
-    """Read results; all payloads are asked for at once, or in batches of 64 MiB.
+    """Read results; all payloads are asked for at once, at most 64 MiB of them in a bucket.
 
     Returns
     -------
@@ -323,22 +324,38 @@ class _Reader:
         if self._storage.is_local and is_much and len(batches) > 1:
             pool.run_all(self._do, _spread(batches, pool.THREADS))
             return
-        # The next batch is fetched while this one is decoded.
-        following: Future[dict[int, memoryview]] | None = None
-        try:
-            for i, batch in enumerate(batches):
-                data = self._fetch(batch) if following is None else following.result()
-                following = None
-                if i + 1 < len(batches):
-                    following = pool.later(self._fetch, batches[i + 1])
-                if is_much and len(batch.payloads) > 1:
-                    pieces = np.array_split(batch.payloads, min(pool.THREADS, len(batch.payloads)))
-                    pool.run_all(partial(self._decode, data=data), pieces)
-                else:
-                    self._decode(batch.payloads, data)
-        finally:
-            if following is not None:
-                following.cancel()
+        if self._storage.is_local:
+            self._do(batches)
+        else:
+            self._stream(batches, pool.THREADS if is_much else 1)
+
+    def _stream(self, batches: Sequence[_Batch], threads: int) -> None:
+        """Fetch each request by itself, many at the same time, and decode what has arrived."""
+        if len(batches) == 1:
+            (batch,) = batches
+            data = self._fetch(batch)
+            pieces = np.array_split(batch.payloads, min(threads, len(batch.payloads)))
+            pool.run_all(partial(self._decode, data=data), pieces)
+            return
+        ranges = [self._ranges(batch)[0] for batch in batches]
+        lock, has_failed = threading.Lock(), threading.Event()
+
+        def work(_: int) -> None:
+            while not has_failed.is_set():
+                with lock:
+                    number, result = next(arriving, (-1, b""))
+                if number < 0:
+                    return
+                try:
+                    data = self._checked(batches[number], ranges[number : number + 1], [result])
+                    self._decode(batches[number].payloads, data)
+                except BaseException:
+                    has_failed.set()
+                    raise
+                del result, data  # before it is waited for more
+
+        with closing(self._storage.fetch_each(ranges, most_nbytes=_REMOTE_NBYTES)) as arriving:
+            pool.run_all(work, range(min(threads, len(batches))))
 
     def _do(self, batches: Sequence[_Batch]) -> None:
         for batch in batches:
@@ -347,7 +364,7 @@ class _Reader:
     def _batches(self) -> list[_Batch]:
         if not len(self._merged):
             return []
-        most = _LOCAL_BATCH_NBYTES if self._storage.is_local else _REMOTE_BATCH_NBYTES
+        most = _LOCAL_BATCH_NBYTES if self._storage.is_local else 0  # each by itself
         lengths = self._merged.stop - self._merged.start
         total = np.cumsum(lengths)
         there = np.flatnonzero(~self._is_here)
@@ -364,25 +381,32 @@ class _Reader:
         return batches
 
     def _fetch(self, batch: _Batch) -> dict[int, memoryview]:
-        merged = self._merged
-        numbers = range(batch.first, batch.end)
-        requests = [
+        ranges = self._ranges(batch)
+        return self._checked(batch, ranges, self._storage.fetch_settled(ranges))
+
+    def _ranges(self, batch: _Batch) -> list[Range]:
+        merged, at = self._merged, slice(batch.first, batch.end)
+        return [
             Range(self._paths[file], start, stop)
             for file, start, stop in zip(
-                merged.file[batch.first : batch.end].tolist(),
-                merged.start[batch.first : batch.end].tolist(),
-                merged.stop[batch.first : batch.end].tolist(),
+                merged.file[at].tolist(),
+                merged.start[at].tolist(),
+                merged.stop[at].tolist(),
                 strict=True,
             )
         ]
-        results = self._storage.fetch_settled(requests)
-        for number, request, result in zip(numbers, requests, results, strict=True):
+
+    def _checked(
+        self, batch: _Batch, ranges: Sequence[Range], results: Sequence[BytesLike | Exception]
+    ) -> dict[int, memoryview]:
+        data = {}
+        for number, asked, result in zip(
+            range(batch.first, batch.end), ranges, results, strict=True
+        ):
             if isinstance(result, Exception):
-                raise self._explain(result, request, batch, number) from result
-        return {
-            number: memoryview(result)  # type: ignore[arg-type]  # no exceptions are left
-            for number, result in zip(numbers, results, strict=True)
-        }
+                raise self._explain(result, asked, batch, number) from result
+            data[number] = memoryview(result)
+        return data
 
     def _explain(self, error: Exception, request: Range, batch: _Batch, number: int) -> Exception:
         """Say what was being read when a request failed."""

@@ -8,7 +8,7 @@ so one call is one round of requests.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Generic, Self, TypeAlias, TypeVar, cast
@@ -215,6 +215,26 @@ class Storage(Closeable):
     @abstractmethod
     def fetch_settled(self, requests: Sequence[Request[T]]) -> list[T | Exception]:
         """Do as `fetch`, but put what a request would have raised in the place of its result."""
+
+    def fetch_each(
+        self, ranges: Sequence[Range], *, most_nbytes: int
+    ) -> Generator[tuple[int, BytesLike | Exception]]:
+        """Do as `fetch_settled`, but give each result, and its number, when it is there.
+
+        Parameters
+        ----------
+        most_nbytes
+            How many bytes may be on their way or waiting to be taken; one range may have more.
+        """
+        sizes = [each.nbytes for each in ranges]
+        begin = 0
+        while begin < len(ranges):
+            end, nbytes = begin + 1, sizes[begin]
+            while end < len(ranges) and nbytes + sizes[end] <= most_nbytes:
+                nbytes += sizes[end]
+                end += 1
+            yield from enumerate(self.fetch_settled(ranges[begin:end]), begin)
+            begin = end
 
     def fetch_into(self, ranges: Sequence[Range], buffers: Sequence[memoryview]) -> None:
         """Read each range straight into the writable buffer of the same length beside it."""

@@ -13,9 +13,19 @@ import secrets
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Coroutine,
+    Generator,
+    Iterable,
+    Mapping,
+    Sequence,
+)
+from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
+from queue import SimpleQueue
 from typing import Any, Final, TypeVar, cast
 
 import fsspec.asyn
@@ -141,6 +151,49 @@ class RemoteStorage(Storage):
         results = self._run(lambda store: self._round(store, requests))
         return cast("list[T | Exception]", results)
 
+    def fetch_each(
+        self, ranges: Sequence[Range], *, most_nbytes: int
+    ) -> Generator[tuple[int, BytesLike | Exception]]:
+        """Do as `fetch_settled`, but give each result, and its number, when it is there."""
+        loop = fsspec.asyn.get_loop()
+        if threading.current_thread() is fsspec.asyn.iothread[0]:
+            raise ArgumentError(
+                f"{self.describe()} cannot be read inside of fsspec's event loop: it would wait "
+                "for itself"
+            )
+        store = self._connected(loop)
+        arrived: SimpleQueue[tuple[int, Future[Any]]] = SimpleQueue()
+        on_the_way: dict[int, Future[Any]] = {}
+        nbytes = following = 0
+
+        def has_room() -> bool:
+            if not on_the_way:
+                return True
+            is_small = nbytes + ranges[following].nbytes <= most_nbytes
+            return is_small and len(on_the_way) < store.max_in_flight
+
+        try:
+            while on_the_way or following < len(ranges):
+                while following < len(ranges) and has_room():
+                    coming = asyncio.run_coroutine_threadsafe(
+                        self._answer(store, ranges[following]), loop
+                    )
+                    on_the_way[following] = coming
+                    coming.add_done_callback(partial(_put, arrived, following))
+                    nbytes += ranges[following].nbytes
+                    following += 1
+                number, coming = arrived.get()
+                del on_the_way[number]
+                nbytes -= ranges[number].nbytes
+                failure = coming.exception()
+                if failure is not None and not isinstance(failure, Exception):
+                    raise failure
+                yield number, coming.result() if failure is None else failure
+                del coming  # or its bytes stay while the next ones are waited for
+        finally:
+            for coming in on_the_way.values():
+                coming.cancel()
+
     async def _round(
         self, store: ObjectStore, requests: Sequence[Request[T]]
     ) -> list[object | BaseException]:
@@ -157,7 +210,7 @@ class RemoteStorage(Storage):
                 raise result
         return results
 
-    async def _answer(self, store: ObjectStore, request: Request[T]) -> object:
+    async def _answer(self, store: ObjectStore, request: Request[T]) -> Any:  # noqa: ANN401 - as asked
         if isinstance(request, Range):
             path, start, stop = check_path(request.path), request.start, request.stop
             if start == stop:
@@ -259,6 +312,10 @@ class RemoteStorage(Storage):
             finalizer, self._finalizer, self._store = self._finalizer, None, None
         if finalizer is not None:
             finalizer()
+
+
+def _put(arrived: SimpleQueue[tuple[int, Future[Any]]], number: int, coming: Future[Any]) -> None:
+    arrived.put((number, coming))
 
 
 def _discard(store: ObjectStore, loop: asyncio.AbstractEventLoop, pid: int) -> None:

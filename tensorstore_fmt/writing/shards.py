@@ -107,6 +107,10 @@ class ShardSink:
                 self._appender = self._storage.create(name.path)
                 self._is_named = False
             self._encoder, self._file = encoder, ShardFile(name)
+        if self._appender is None:
+            # An object appears as a whole, so what order its rows came in means nothing, and
+            # readers take neighbours with one request: steps of a name are asked for together.
+            pairs = sorted(pairs, key=lambda pair: _place(pair[0]))
         parts, offsets = encoder.batch([row for row, _ in pairs])
         if self._appender is not None:
             self._appender.append(parts)
@@ -166,6 +170,10 @@ class ShardSink:
                 self._unsynced.append(file)
             self._appender.close()
             self._appender = None
+
+
+def _place(row: ShardRow) -> tuple[str, int, int, int, int]:
+    return row.series.name, row.series.kind, row.series.mode, row.step, row.chunk
 
 
 def _cut(sizes: Sequence[int], limit: int) -> list[slice]:
