@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 import crc32c
 import numpy as np
@@ -25,6 +27,8 @@ from tensorstore_fmt.writing.pending import (
 from tensorstore_fmt.writing.series import step_table_series
 
 __all__ = ["Tables", "collect", "collect_dropped", "tables"]
+
+_FLOAT: Final = struct.Struct("<d")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +98,7 @@ def _inline_entries(stage: InlineStage) -> list[PendingEntry]:
         steps, values = steps[order], [values[i] for i in order.tolist()]
     if series.dtype == dtypes.STRING:
         return _inline_strings(series, steps, values)
-    if isinstance(values[0], bytes):
-        data = b"".join(values)  # type: ignore[arg-type] # all of a stage are of one kind
-    else:
-        data = np.array(values, dtypes.numpy_dtype(series.dtype)).tobytes()
+    data = _inline_bytes(series, values)
     width = len(data) // len(steps)
     if width == 0:
         return [
@@ -112,6 +113,16 @@ def _inline_entries(stage: InlineStage) -> list[PendingEntry]:
             placed = _placed(data[at * width : stop * width], layout.CODEC_RAW)
             entries.append(_entry(series, steps[at:stop], placed))
     return entries
+
+
+def _inline_bytes(series: Series, values: Sequence[object]) -> bytes:
+    """Give the bytes of a stage's values: Python floats, and the bytes of arrays and scalars."""
+    kinds = set(map(type, values))
+    if bytes not in kinds:
+        return np.array(values, dtypes.numpy_dtype(series.dtype)).tobytes()
+    if len(kinds) == 1:
+        return b"".join(values)  # type: ignore[arg-type] # bytes, all of them
+    return b"".join([v if isinstance(v, bytes) else _FLOAT.pack(v) for v in values])
 
 
 def _inline_strings(
