@@ -178,6 +178,20 @@ def test_a_batch_is_one_round_and_fetches_nothing_twice() -> None:
     assert all(a[0] != b[0] or a[2] <= b[1] for a, b in itertools.pairwise(spans))
 
 
+def test_steps_of_a_name_are_neighbours_in_a_bucket() -> None:
+    url = memory()
+    with create_test_run(url, stats=False, compression="none") as writer:
+        for step in range(30):
+            writer.log({f"w{i}": WEIGHT[i : i + 16] + step for i in range(5)}, step=step)
+    run, counting = opened(open_storage(url, writable=False))
+    counting.reset()
+    result = run["w3"].read(index=np.s_[2, :3])
+    assert (result == WEIGHT[5, :3] + np.arange(30, dtype="f4")[:, None]).all()
+    assert counting.rounds == 1
+    assert len(counting.requests) == 1  # of one object, which holds all that was saved
+    assert sum(o.stop - o.start for o in counting.requests) < 1.01 * 30 * 16 * 1024 * 4
+
+
 def test_statistics_and_small_series_read_no_shard(tmp_path: Path) -> None:
     with create_test_run(tmp_path / "run") as writer:
         for step in range(50):

@@ -41,6 +41,8 @@ def numbers(column: pa.Array) -> np.ndarray:
 
 def has_columns(found: pa.Schema, wanted: pa.Schema) -> bool:
     """Say whether columns have these names and types, whatever may be null in them."""
+    if found.equals(wanted):  # as a rule, and a tenth of the time
+        return True
     return found.names == wanted.names and all(
         _bare(a) == _bare(b) for a, b in zip(found.types, wanted.types, strict=True)
     )

@@ -1,8 +1,8 @@
-"""Locating: the one payload with a tensor at one step, where that is all there is to it.
+"""Locating: the entries with a tensor at one step, where one writer saved it and one page has them.
 
-A shortcut past `timeline` and `assembly`, for scalars, small tensors and views, of which many
-are read one by one. Whatever is not as simple as that, or not right, is left to these: they
-know all cases, and say what is wrong.
+A shortcut past `timeline` and `assembly`, for single steps, of which many are read one by one.
+Whatever is not as simple as that, or not right, is left to these: they know all cases, and say
+what is wrong.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tensorstore_fmt.reading.entries import Page, Pages, Query
 from tensorstore_fmt.reading.view import Segment, Source, View
 from tensorstore_fmt.storage import Range, Storage
 
-__all__ = ["Located", "locate", "read_located"]
+__all__ = ["AtStep", "Located", "at_steps", "locate", "read_located"]
 
 _FIELDS: Final = {name: i for i, name in enumerate(ENTRY_ROW.names or ())}
 _CHUNK: Final = _FIELDS["chunk"]
@@ -97,8 +97,17 @@ class Located:
         return dtypes.numpy_dtype(self.source.series.dtype)
 
 
-def locate(view: View, pages: Pages, queries: Sequence[Query]) -> list[Located | None]:
-    """Locate what lies in one chunk, fetching all pages that takes in one round.
+@dataclass(frozen=True, slots=True)
+class AtStep:
+    """The only source that can have a tensor at a step, and the only page."""
+
+    source: Source
+    page: Page
+    step: int
+
+
+def at_steps(view: View, pages: Pages, queries: Sequence[Query]) -> list[AtStep | None]:
+    """Find where tensors at single steps are, fetching all pages that takes in one round.
 
     Parameters
     ----------
@@ -117,19 +126,18 @@ def locate(view: View, pages: Pages, queries: Sequence[Query]) -> list[Located |
     FormatError
         A page is damaged.
     """
-    nothing: list[Located | None] = [None] * len(queries)
     places: list[tuple[Source, int]] = []
     for query in queries:
         place = _place(view, query)
         if place is None:
-            return nothing  # and one round for the pages of all
+            return [None] * len(queries)  # and one round for the pages of all
         places.append(place)
     needed: dict[tuple[layout.SegmentName, int], tuple[Segment, int]] = {
         (source.segment.name, number): (source.segment, number) for source, number in places
     }
     have = pages.get(list(needed.values()))
     return [
-        _locate(source, have[source.segment.name, number], query.low)
+        AtStep(source, have[source.segment.name, number], query.low)
         for query, (source, number) in zip(queries, places, strict=True)
     ]
 
@@ -150,22 +158,26 @@ def _place(view: View, query: Query) -> tuple[Source, int] | None:
         or found.segment.cut is not None
         or (query.worker is not None and found.worker != query.worker)
         or (query.attempt is None and query.low >= view.visible_below(found.attempt))
-        or not _is_one_chunk(found)
+        or not _is_simple(found)
     ):
         return None
     numbers = found.segment.pages_of(found.row, query.low, query.low)
     return (found, numbers[0]) if len(numbers) == 1 else None
 
 
-def _is_one_chunk(source: Source) -> bool:
+def _is_simple(source: Source) -> bool:
     series = source.series
     if series.global_shape or series.dtype == dtypes.STRING:
         return False
-    # None without elements, or with a length that varies.
-    return all(0 < n <= (g or n) for n, g in zip(series.shape, series.grid, strict=True))
+    return all(n > 0 for n in series.shape)  # none without elements, or with a length that varies
 
 
-def _locate(source: Source, page: Page, step: int) -> Located | None:
+def locate(where: AtStep) -> Located | None:
+    """Give the one chunk that is all of the tensor; None if there is no such chunk."""
+    source, page, step = where.source, where.page, where.step
+    series = source.series
+    if any(0 < g < n for n, g in zip(series.shape, series.grid, strict=True)):
+        return None
     which = page.rows_of(source.row, step, step)
     if isinstance(which, slice):
         at, n = which.start, which.stop - which.start
@@ -179,7 +191,6 @@ def _locate(source: Source, page: Page, step: int) -> Located | None:
         return None
     if row[_FLAGS] & layout.ENTRY_REPEAT:
         inner = 0
-    series = source.series
     found = Located.of(source, page.entries, at, inner=inner, shape=series.shape)
     nbytes = math.prod(series.shape) * dtypes.itemsize(series.dtype)
     return found if found.raw_nbytes == found.kept * nbytes else None

@@ -14,7 +14,7 @@ from tensorstore_fmt import dtypes
 from tensorstore_fmt.errors import ArgumentError, ChecksumError
 from tensorstore_fmt.format import layout
 from tensorstore_fmt.reading.assembly import assemble, choose
-from tensorstore_fmt.reading.locate import Located, locate
+from tensorstore_fmt.reading.locate import Located, at_steps, locate
 from tensorstore_fmt.reading.reader import Ask, check_name
 from tensorstore_fmt.reading.session import Session
 from tensorstore_fmt.reading.timeline import timelines
@@ -39,7 +39,8 @@ def map_view(session: Session, ask: Ask) -> NDArray[Any]:
         )
 
     def work(view: View) -> NDArray[Any]:
-        (located,) = locate(view, session.pages, [ask.query])
+        (where,) = at_steps(view, session.pages, [ask.query])
+        located = None if where is None else locate(where)
         if located is None:
             check_name(view, name)
         if not session.storage.is_local or sys.byteorder == "big":

@@ -22,7 +22,8 @@ from tensorstore_fmt.reading.absence import absence, describe_query
 from tensorstore_fmt.reading.assembly import Assembly, assemble, choose
 from tensorstore_fmt.reading.entries import Query
 from tensorstore_fmt.reading.fetch import check_room, read_all
-from tensorstore_fmt.reading.locate import locate, read_located
+from tensorstore_fmt.reading.locate import AtStep, at_steps, locate, read_located
+from tensorstore_fmt.reading.one_step import assemble_step
 from tensorstore_fmt.reading.selection import normalize
 from tensorstore_fmt.reading.session import Session
 from tensorstore_fmt.reading.steps import StepSet
@@ -110,40 +111,57 @@ def read(session: Session, asks: Sequence[Ask]) -> list[Any]:
     """
 
     def work(view: View) -> list[Any]:
-        values = _read_located(view, session, asks)
-        rest = [ask for ask, value in zip(asks, values, strict=True) if value is None]
-        if not rest:
-            return values
-        planned = iter(_read_planned(view, session, rest))
-        return [next(planned) if value is None else value for value in values]
+        found = _at_steps(view, session, asks)
+        values = _read_located(session, asks, found)
+        rest = [i for i, value in enumerate(values) if value is None]
+        planned = _read_planned(view, session, [(asks[i], found[i]) for i in rest])
+        for i, value in zip(rest, planned, strict=True):
+            values[i] = value
+        return values
 
     return session.do(work)
 
 
-def _read_located(view: View, session: Session, asks: Sequence[Ask]) -> list[NDArray[Any] | None]:
+def _at_steps(view: View, session: Session, asks: Sequence[Ask]) -> list[AtStep | None]:
+    """Find what can be read without a timeline."""
+    if not all(ask.is_single for ask in asks):
+        return [None] * len(asks)
+    return at_steps(view, session.pages, [ask.query for ask in asks])
+
+
+def _read_located(
+    session: Session, asks: Sequence[Ask], found: Sequence[AtStep | None]
+) -> list[Any]:
     """Read what lies in one chunk; None for what has to be planned."""
-    for ask in asks:
-        if not ask.is_single or not isinstance(ask.index, tuple) or ask.index:
-            return [None] * len(asks)
-    found = locate(view, session.pages, [ask.query for ask in asks])
-    in_shards = sum([each.nbytes for each in found if each is not None and not each.is_inline])
-    if in_shards > _MOST_ALONE_NBYTES:  # neighbours are better read together, in threads
-        found = [each if each is not None and each.is_inline else None for each in found]
-    return [None if each is None else read_located(session.storage, each) for each in found]
-
-
-def _read_planned(view: View, session: Session, asks: Sequence[Ask]) -> list[Any]:
-    """Read anything: one round for the index, if needed, and one for the data."""
-    for ask in asks:
-        check_name(view, ask.query.name)
-    lines = timelines(view, session.pages, [ask.query for ask in asks])
-    assemblies = [
-        _assembly(view, session, ask, line) for ask, line in zip(asks, lines, strict=True)
+    is_whole = [isinstance(ask.index, tuple) and not ask.index for ask in asks]
+    chunks = [
+        locate(where) if whole and where is not None else None
+        for whole, where in zip(is_whole, found, strict=True)
     ]
+    in_shards = sum([each.nbytes for each in chunks if each is not None and not each.is_inline])
+    if in_shards > _MOST_ALONE_NBYTES:  # neighbours are better read together, in threads
+        chunks = [each if each is not None and each.is_inline else None for each in chunks]
+    return [None if each is None else read_located(session.storage, each) for each in chunks]
+
+
+def _read_planned(
+    view: View, session: Session, asks: Sequence[tuple[Ask, AtStep | None]]
+) -> list[Any]:
+    """Read anything: one round for the index, if needed, and one for the data."""
+    if not asks:
+        return []
+    ready = [
+        None if where is None else assemble_step(where, ask.query, ask.index) for ask, where in asks
+    ]
+    rest = [ask for (ask, _), assembly in zip(asks, ready, strict=True) if assembly is None]
+    for ask in rest:
+        check_name(view, ask.query.name)
+    lines = zip(rest, timelines(view, session.pages, [ask.query for ask in rest]), strict=True)
+    assemblies = [each or _assembly(view, session, *next(lines)) for each in ready]
     arrays = iter(read_all(session.storage, [a for a in assemblies if isinstance(a, Assembly)]))
     return [
         _shaped(ask, next(arrays) if isinstance(each, Assembly) else each)
-        for ask, each in zip(asks, assemblies, strict=True)
+        for (ask, _), each in zip(asks, assemblies, strict=True)
     ]
 
 

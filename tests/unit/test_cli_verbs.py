@@ -498,8 +498,10 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
 def test_interrupt_leaves_without_a_traceback() -> None:
     # Nobody listens on this port, so opening retries for a while.
     script = (
-        "import sys, threading, _thread\n"
+        "import signal, sys, threading, _thread\n"
         "from tensorstore_fmt.cli import main\n"
+        # A shell in the background would have it ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "threading.Timer(2.0, _thread.interrupt_main).start()\n"
         "sys.exit(main(['ls', 'http://127.0.0.1:9/run']))\n"
     )

@@ -26,6 +26,7 @@ from tensorstore_fmt.errors import (
     UnsupportedError,
 )
 from tensorstore_fmt.format import layout
+from tensorstore_fmt.reading import timeline
 from tensorstore_fmt.reading.run import Run, open_run
 from tensorstore_fmt.reading.session import Session
 from tensorstore_fmt.storage import open_storage
@@ -103,6 +104,31 @@ def test_chunks_and_steps_in_all_combinations(
             t.read(steps=[3, 9], index=index), whole[[1, 3]][(slice(None), *inner)]
         )
         np.testing.assert_array_equal(t.read(step=6, index=index), whole[(2, *inner)])
+
+
+def test_a_single_step_is_read_without_a_timeline_where_that_will_do(
+    build: RunBuilder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = arrays(4)
+    w = build.writer()
+    w.flush(*(Put(step=i, value=a[i], grid=(2, 3)) for i in range(3)))
+    resolved = []
+    resolve = timeline._resolve
+    monkeypatch.setattr(timeline, "_resolve", lambda *given: resolved.append(1) or resolve(*given))
+    t = open_run(build.url)["x"]
+    for index in ((), np.s_[3], np.s_[::-2, 1:5], np.s_[6:], np.s_[..., -1:]):
+        np.testing.assert_array_equal(t.read(step=1, index=index), a[1][index])
+    assert not resolved
+    with pytest.raises(SelectionError, match="out of range"):
+        t.read(step=1, index=6)
+    with pytest.raises(StepNotYetWrittenError):
+        t.read(step=7, index=0)
+    w.flush(Put(step=1, value=a[3], grid=(2, 3)))  # which of the two it is takes a look at both
+    t = open_run(build.url)["x"]
+    resolved.clear()
+    np.testing.assert_array_equal(t.read(step=1, index=np.s_[1:]), a[3][1:])
+    np.testing.assert_array_equal(t.read(step=2, index=np.s_[1:]), a[2][1:])
+    assert resolved
 
 
 def test_scalars_are_arrays_of_rank_0_and_bits_are_kept(build: RunBuilder) -> None:

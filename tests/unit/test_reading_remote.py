@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from tensorstore_fmt.errors import MissingFileError, StepNotYetWrittenError
 from tensorstore_fmt.reading import fetch
 from tensorstore_fmt.reading.run import Run, open_run
 from tensorstore_fmt.reading.session import Session
-from tensorstore_fmt.storage import Storage, open_storage
+from tensorstore_fmt.storage import Range, Storage, open_storage
+from tensorstore_fmt.storage.remote import ObjectStore, RemoteStorage
 from tensorstore_fmt.testing.servers import serve_http
 from tensorstore_fmt.testing.storage import CountingStorage, FaultyStorage, Operation
 
@@ -50,7 +52,7 @@ def test_large_reads_go_in_batches_that_hold_everything_once(
 ) -> None:
     value = np.random.default_rng(0).random((64, 50, 100))
     build.writer().flush(*(Put(step=s, value=value + s, grid=(1, 0, 0)) for s in range(3)))
-    monkeypatch.setattr(fetch, "_REMOTE_BATCH_NBYTES", 1_000_000)
+    monkeypatch.setattr(fetch, "_REMOTE_NBYTES", 1_000_000)
     monkeypatch.setattr(fetch, "_REMOTE_REQUEST_NBYTES", 200_000)
     run, storage = remote(build)
     assert run["x"].ndim == 3
@@ -62,6 +64,62 @@ def test_large_reads_go_in_batches_that_hold_everything_once(
     spans = sorted((r.path, r.start, r.stop) for r in storage.requests)
     for (path, _, stop), (other, start, _) in itertools.pairwise(spans):
         assert path != other or stop <= start
+
+
+class WaitingStore(ObjectStore):
+    """Answers the first range when five others were answered; counts what is on its way."""
+
+    max_in_flight = 6
+
+    def __init__(self) -> None:
+        self.others = asyncio.Semaphore(0)
+        self.on_the_way: list[int] = []
+        self.most = (0, 0)
+        self.cancelled = 0
+
+    async def read(self, path: str, start: int, stop: int) -> bytes:
+        self.on_the_way.append(stop - start)
+        self.most = max(self.most, (len(self.on_the_way), sum(self.on_the_way)))
+        try:
+            if start == 0:
+                for _ in range(5):
+                    await self.others.acquire()
+            else:
+                await asyncio.sleep(0.001)
+                self.others.release()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        self.on_the_way.remove(stop - start)
+        return bytes(stop - start)
+
+    async def read_prefix(self, path: str, nbytes: int) -> tuple[bytes, int | None]:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(("most_nbytes", "most_at_once"), [(10_000, 6), (350, 3), (1, 1)])
+def test_requests_do_not_wait_for_slow_ones(most_nbytes: int, most_at_once: int) -> None:
+    store = WaitingStore()
+    storage = RemoteStorage("memory://x", {}, writable=False, open_store=lambda _: store)
+    ranges = [Range("a", 100 * i, 100 * i + 100) for i in range(20)]
+    if most_at_once == 1:
+        ranges = ranges[1:]  # nothing else can be asked for while the first one waits
+    order = [number for number, _ in storage.fetch_each(ranges, most_nbytes=most_nbytes)]
+    assert sorted(order) == list(range(len(ranges)))
+    assert most_at_once == 1 or order.index(0) >= 5
+    assert store.most == (most_at_once, 100 * most_at_once)
+    storage.close()
+
+
+def test_who_stops_reading_waits_for_nothing() -> None:
+    store = WaitingStore()
+    storage = RemoteStorage("memory://x", {}, writable=False, open_store=lambda _: store)
+    arriving = storage.fetch_each([Range("a", 100, 200), Range("a", 0, 9)], most_nbytes=1000)
+    assert next(arriving) == (0, bytes(100))
+    arriving.close()
+    assert storage.fetch([Range("a", 5, 8)]) == [bytes(3)]  # and the loop has gone on
+    assert store.cancelled == 1
+    storage.close()
 
 
 def test_where_nothing_can_be_listed_the_bundle_is_the_listing(build: RunBuilder) -> None:

@@ -192,6 +192,25 @@ def test_reading_into_memory_of_the_caller(storage: Storage) -> None:
         storage.fetch_into([Range("a", 7, 12)], [view])
 
 
+def test_each_range_is_given_once_when_it_is_there(storage: Storage) -> None:
+    data = bytes(range(256)) * 40
+    storage.publish("a", [data])
+    ranges = [Range("a", i, i + 100 + i % 7) for i in range(0, 10_000, 83)]
+    ranges[5:5] = [Range("gone", 0, 9), Range("a", 10_200, 10_300), Range("a", 7, 7)]
+    for most in (1, 1000, 10**6):
+        given = dict(storage.fetch_each(ranges, most_nbytes=most))
+        assert sorted(given) == list(range(len(ranges)))
+        assert isinstance(given.pop(5), FileNotFoundError)
+        assert isinstance(given.pop(6), TruncatedError)
+        for number, result in given.items():
+            assert result == data[ranges[number].start : ranges[number].stop]
+    assert list(storage.fetch_each([], most_nbytes=1)) == []
+    some = storage.fetch_each(ranges, most_nbytes=10**6)
+    assert next(some)[0] in range(len(ranges))
+    some.close()  # the rest is not waited for
+    assert storage.fetch([ranges[0]]) == [data[:100]]
+
+
 def test_it_pickles_small_and_works_again(storage: Storage) -> None:
     storage.publish("a", [b"x" * 1000])
     storage.fetch([Prefix("a", 9)])
