@@ -205,20 +205,7 @@ def _of_values(
 ) -> tuple[_I64, _F64]:
     """Compute them from values that lie in the index."""
     entries = line.found.entries.rows[line.row]
-    can = np.array(
-        [
-            statistics.supports(s.series.dtype)
-            and not s.series.global_shape
-            and all(
-                g == 0 or g >= n >= 0 for g, n in zip(s.series.grid, s.series.shape, strict=True)
-            )
-            for s in line.found.sources
-        ],
-        np.bool_,
-    )
-    keep = (entries["shard"] == layout.INLINE_SHARD) & (
-        can[line.source] if len(can) else np.zeros(len(entries), np.bool_)
-    )
+    keep = (entries["shard"] == layout.INLINE_SHARD) & _is_one_chunk(line)
     if len(have):
         keep &= ~np.isin(line.step, have)
     chosen = choose(view, line.take(keep), every)
@@ -237,6 +224,25 @@ def _of_values(
     step, rows_ = np.concatenate(steps), np.concatenate(parts)
     order = np.argsort(step, kind="stable")
     return step[order], rows_[order]
+
+
+def _is_one_chunk(line: Timeline) -> NDArray[np.bool_]:
+    """Say of each row whether its value is numbers in one chunk, and no part of a larger one."""
+    result = np.zeros(len(line), np.bool_)
+    for number, source in enumerate(line.found.sources):
+        series = source.series
+        if series.global_shape or not statistics.supports(series.dtype):
+            continue
+        mine = line.source == number
+        axes = list(zip(series.shape, series.grid, strict=True))
+        if any(0 < g < n for n, g in axes):
+            continue
+        limits = np.array([g or layout.MAX_AXIS for n, g in axes if n < 0], np.int64)
+        dims = line.found.entries.dims.take(line.row[mine]).values
+        result[mine] = (
+            (dims.reshape(-1, len(limits)) <= limits).all(axis=1) if len(limits) else True
+        )
+    return result
 
 
 def _same_shape(line: Timeline, rows: _I64) -> list[_I64]:

@@ -23,6 +23,7 @@ from tensorstore_fmt.writing.pending import (
     InlineStage,
     PendingEntry,
     Placed,
+    Save,
 )
 from tensorstore_fmt.writing.series import step_table_series
 
@@ -46,11 +47,10 @@ def collect(generation: Generation) -> tuple[list[PendingEntry], int]:
     A tensor with a chunk that was lost becomes a dropped step.
     """
     entries: list[PendingEntry] = []
-    dropped = list(generation.dropped)
+    lost: list[Save] = []
     for save in generation.saves:
         if save.is_lost or any(e.placed.is_lost for e in save.entries):
-            steps = (step for step in save.steps if step not in save.replaced)
-            dropped += [(save.kept.series, step) for step in steps]
+            lost.append(save)
         elif save.replaced:  # it holds one step: `Staging.is_shared` sees to that
             entries += [e for e in save.entries if e.step not in save.replaced]
         else:
@@ -59,22 +59,38 @@ def collect(generation: Generation) -> tuple[list[PendingEntry], int]:
         entries += _inline_entries(stage)
     for mode, rows in generation.step_tables.items():
         entries += _step_table_entries(mode, rows)
-    entries += [_dropped_entry(series, step) for series, step in dropped]
-    return entries, len(dropped)
+    dropped, n = _dropped_entries(generation, lost, generation.dropped)
+    return entries + dropped, n
 
 
 def collect_dropped(generation: Generation) -> tuple[list[PendingEntry], int]:
     """Do as `collect`, but record all that was saved as dropped; the step tables stay."""
     dropped = list(generation.dropped)
-    for save in generation.saves:
-        steps = (step for step in save.steps if step not in save.replaced)
-        dropped += [(save.kept.series, step) for step in steps]
     for stage in generation.inline.values():
         dropped += [(stage.kept.series, step) for step, _ in stage.rows]
-    entries = [_dropped_entry(series, step) for series, step in dropped]
+    entries, n = _dropped_entries(generation, generation.saves, dropped)
     for mode, rows in generation.step_tables.items():
         entries += _step_table_entries(mode, rows)
-    return entries, len(dropped)
+    return entries, n
+
+
+def _dropped_entries(
+    generation: Generation, lost: Sequence[Save], dropped: Sequence[tuple[Series, int]]
+) -> tuple[list[PendingEntry], int]:
+    """Say of steps that they are dropped, and hide what earlier flushes hold of them.
+
+    Returns
+    -------
+    list, int
+        The entries, and how many steps were lost.
+    """
+    steps = [(save.kept, step) for save in lost for step in save.steps if step not in save.replaced]
+    gone = [*dropped, *((kept.series, step) for kept, step in steps)]
+    hidden = [(kept.stats, step) for kept, step in steps if kept.stats is not None]
+    for (_, step), many in generation.hidden.items():
+        hidden += [(series, step) for series in many]
+    entries = [_dropped_entry(*each) for each in dict.fromkeys([*gone, *hidden])]
+    return entries, len(gone)
 
 
 def _placed(data: bytes, codec_number: int) -> Placed:

@@ -257,7 +257,7 @@ class Intake:
                 stage = self._staging.float_stage(generation, name, mode)
             group = stage.kept.group
             if step <= group.last_step:
-                self._staging.forget(generation, group, step)
+                self._staging.replace(generation, stage.kept, step)
             else:
                 group.last_step = step
             stage.rows.append((step, value))

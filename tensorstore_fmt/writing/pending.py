@@ -9,7 +9,7 @@ import numpy as np
 
 from tensorstore_fmt.format import layout
 from tensorstore_fmt.format.catalog import Series
-from tensorstore_fmt.writing.series import Kept
+from tensorstore_fmt.writing.series import Group, Kept
 
 __all__ = [
     "Generation",
@@ -143,6 +143,8 @@ class Generation:
         self.step_tables: dict[int, list[tuple[int, int, int]]] = {}  # step, mode step, time
         self.saves: list[Save] = []
         self.dropped: list[tuple[Series, int]] = []
+        # Of steps that are saved again: what an earlier flush may hold and this one does not.
+        self.hidden: dict[tuple[Group, int], list[Series]] = {}
         self.raw_nbytes = 0
         self.finished = 0  # of the saves, by the encoders
         self.done = threading.Condition()

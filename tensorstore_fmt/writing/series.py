@@ -22,7 +22,15 @@ _GRID_SLACK: Final = 4
 
 @dataclass(slots=True, eq=False)
 class Group:
-    """All series of one (name, kind, mode, part): a later step in one replaces it in the others."""
+    """All series of one (name, mode, part): a later step in one replaces it in the others.
+
+    Attributes
+    ----------
+    stats
+        The series of its statistics, if any of its values had some.
+    has_data
+        Whether any of its values was kept, and not their statistics alone.
+    """
 
     name: str
     mode: int
@@ -31,6 +39,8 @@ class Group:
     last_step: int = -1
     grids: dict[tuple[str, int], list[tuple[int, ...]]] = field(default_factory=dict)
     kept: dict[tuple[str, tuple[int, ...]], Kept] = field(default_factory=dict)
+    stats: Series | None = None
+    has_data: bool = False
 
     def has(self, series: Series) -> bool:
         """Say whether a series of data is one of these."""
@@ -159,7 +169,8 @@ class SeriesBook:
         has_data = choice != "only" or not has_stats or storing == "inline"
         stats = None
         if has_stats and storing != "inline":
-            stats = _stats_series(series)
+            stats = group.stats = _stats_series(series)
+        group.has_data |= has_data
         return Kept(
             group=group,
             series=series,

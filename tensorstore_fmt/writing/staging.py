@@ -120,7 +120,7 @@ class Staging:
         array = tensor.snapshot.array
         group = kept.group
         if step <= group.last_step:
-            self.forget(generation, group, step)
+            self.replace(generation, kept, step)
         group.last_step = max(group.last_step, step)
         if kept.storing == "inline":
             is_string = kept.series.dtype == dtypes.STRING
@@ -143,11 +143,25 @@ class Staging:
             for save in generation.saves
         )
 
-    def forget(self, generation: Generation, group: Group, step: int) -> None:
-        """Remove what this generation holds of a step that is being saved again.
+    def replace(self, generation: Generation, kept: Kept, step: int) -> None:
+        """Make room for a step that is saved again, perhaps in another way.
 
-        What it holds of earlier generations loses by the order of flushes.
+        What earlier generations hold of it loses by the order of flushes, but only against
+        something of the same kind: statistics against statistics.
         """
+        group = kept.group
+        self._forget(generation, group, step)
+        hidden = []
+        if group.stats is not None and kept.stats is None:
+            hidden.append(group.stats)
+        if group.has_data and not kept.has_data:
+            hidden.append(kept.series)
+        if hidden:
+            generation.hidden[group, step] = hidden
+
+    def _forget(self, generation: Generation, group: Group, step: int) -> None:
+        """Remove what this generation holds of a step."""
+        generation.hidden.pop((group, step), None)
         for stage in generation.inline.values():
             if stage.kept.group is group:
                 stage.forget(step)
@@ -169,9 +183,12 @@ class Staging:
 
     def drop(self, generation: Generation, kept: Kept, step: int) -> None:
         """Record a tensor that could not be taken."""
-        if step <= kept.group.last_step:
-            self.forget(generation, kept.group, step)
-        kept.group.last_step = max(kept.group.last_step, step)
+        group = kept.group
+        if step <= group.last_step:
+            self._forget(generation, group, step)
+            if group.stats is not None:
+                generation.hidden[group, step] = [group.stats]
+        group.last_step = max(group.last_step, step)
         what = (kept.series, step)
         if generation.dropped[-1:] != [what]:
             generation.dropped.append(what)

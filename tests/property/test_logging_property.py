@@ -7,10 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import tensorstore_fmt as tsf
+from tensorstore_fmt.format import layout
 from tensorstore_fmt.testing.writers import create_test_run
 
 QUIET_NAN = np.array(0x7FF80000_DEADBEEF, np.uint64).view(np.float64)
@@ -21,7 +23,7 @@ KINDS: dict[str, Callable[[int], object]] = {
     "nan": lambda _: QUIET_NAN,
     "int": lambda i: i,
     "bool": lambda i: i % 2 == 0,
-    "float32": lambda i: np.float32(i),
+    "float32": np.float32,
     "text": lambda i: f"text {i}",
     "small": lambda i: np.full(3, i / 7),
     "empty": lambda _: np.empty((0, 2)),
@@ -30,7 +32,22 @@ KINDS: dict[str, Callable[[int], object]] = {
 }  # each way a value takes: floats, inline, strings, joined, in chunks
 
 calls = st.lists(
-    st.tuples(st.integers(0, 5), st.sampled_from(sorted(KINDS)), st.booleans()), max_size=16
+    st.tuples(
+        st.dictionaries(st.sampled_from(["x", "y"]), st.sampled_from(sorted(KINDS)), min_size=1),
+        st.integers(0, 5),
+        st.sampled_from([None, "TRAIN"]),
+        st.booleans(),  # whether a flush follows
+    ),
+    max_size=16,
+)
+options = st.fixed_dictionaries(
+    {
+        "compression": st.sampled_from(["auto", "none", "zstd"]),
+        "stats": st.sampled_from([True, False, "only", {"x": "only"}]),
+        "chunks": st.sampled_from([None, {"y": (1000,)}]),
+        "flush_bytes": st.sampled_from([1, 10_000, 1_000_000]),
+        "queue_bytes": st.sampled_from([10_000, 10_000_000]),
+    }
 )
 
 
@@ -41,20 +58,68 @@ def bits(value: object) -> tuple[object, ...]:
     return array.dtype.str, array.shape, array.tobytes()
 
 
-@given(calls=calls)
-def test_kinds_of_values_may_change_from_call_to_call(calls: list[tuple[int, str, bool]]) -> None:
-    oracle: dict[int, object] = {}
+def same_statistics(row: dict[str, float], value: object) -> bool:
+    array = np.asarray(value).astype(np.float64)
+    numbers = array[~np.isnan(array)]
+    return (row["count"], row["nan"]) == (array.size, array.size - numbers.size) and (
+        not numbers.size or (row["min"], row["max"]) == (numbers.min(), numbers.max())
+    )
+
+
+def fits(kind: str, chunks: object) -> bool:
+    """Say whether a value has one axis: all that `chunks` for a name are for."""
+    return chunks is None or kind in ("small", "joined", "gridded")
+
+
+@given(calls=calls, options=options)
+def test_whatever_is_logged_under_a_name_is_read(
+    calls: list[tuple[dict[str, str], int, str | None, bool]], options: dict[str, object]
+) -> None:
+    oracle: dict[tuple[str, str | None, int], object] = {}
     with tempfile.TemporaryDirectory() as folder:
         url = str(Path(folder) / "run")
-        run = create_test_run(url)
-        for i, (step, kind, flushes) in enumerate(calls):
-            oracle[step] = KINDS[kind](i)
-            run.log({"x": oracle[step]}, step=step)
+        run = create_test_run(url, **options)
+        for i, (kinds, step, mode, flushes) in enumerate(calls):
+            values = {
+                name: KINDS[kind](i)
+                for name, kind in kinds.items()
+                if name != "y" or fits(kind, options["chunks"])
+            }
+            run.log(values, step=step, mode=mode)
+            oracle |= {(name, mode, step): value for name, value in values.items()}
             if flushes:
                 run.flush()
         assert run.close().dropped == 0
         with tsf.open_run(url) as reader:
-            if oracle:
-                assert reader["x"].steps.tolist() == sorted(oracle)
-            for step, value in oracle.items():
-                assert bits(reader["x"].read(step=step)) == bits(value)
+            assert set(reader.names()) == {name for name, _, _ in oracle}
+            for name, mode in {(name, mode) for name, mode, _ in oracle}:
+                check(
+                    reader[name].select(mode=mode or "NONE"),
+                    options["stats"],
+                    {
+                        step: value
+                        for (n, m, step), value in oracle.items()
+                        if (n, m) == (name, mode)
+                    },
+                )
+
+
+def check(tensor: tsf.Tensor, stats: object, saved: dict[int, object]) -> None:
+    """Compare one name in one mode with what was logged."""
+    choice = stats.get(tensor.name, True) if isinstance(stats, dict) else stats
+    found = tensor.stats()
+    columns = {key: found[key].tolist() for key in ("count", "nan", "min", "max")}
+    rows = {s: {k: c[i] for k, c in columns.items()} for i, s in enumerate(found.step.tolist())}
+    for step, value in saved.items():
+        size = 0 if isinstance(value, str) else np.asarray(value).nbytes
+        if choice == "only" and size > layout.INLINE_STEP_NBYTES:
+            with pytest.raises(tsf.NotThereError):
+                tensor.read(step=step)
+        else:
+            assert bits(tensor.read(step=step)) == bits(value)
+        is_number = not isinstance(value, bool | str)
+        if is_number and (choice or size <= layout.INLINE_STEP_NBYTES):
+            assert step in rows
+        if step in rows:
+            assert is_number
+            assert same_statistics(rows[step], value)

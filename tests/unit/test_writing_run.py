@@ -411,3 +411,59 @@ def test_statistics_of_one_name(tmp_path: Path) -> None:
             reader["a"].read(step=0)
         assert reader["b"].read(step=0)[1] == 1
         assert set(reader.statistics().column("name").to_pylist()) == {"a", "c"}
+
+
+NUMBERS = {
+    "a float": 0.25,
+    "a NumPy float": np.float64(0.5),
+    "an array": np.array(0.75),
+    "an integer": 3,
+    "a bool": True,
+    "float32": np.float32(1.5),
+}
+
+
+@pytest.mark.parametrize("first", NUMBERS)
+@pytest.mark.parametrize("second", NUMBERS)
+def test_numbers_of_any_two_kinds_in_one_flush(tmp_path: Path, first: str, second: str) -> None:
+    with create_test_run(tmp_path / "run") as run:
+        for step, kind in enumerate([first, second, first, first]):
+            run.log({"loss": NUMBERS[kind]}, step=step)
+    loss = tsf.open_run(tmp_path / "run")["loss"]
+    for step, kind in enumerate([first, second, first, first]):
+        assert loss.read(step=step) == NUMBERS[kind]
+        assert loss.read(step=step).dtype == np.asarray(NUMBERS[kind]).dtype
+
+
+@pytest.mark.parametrize("flushes", [False, True])
+def test_statistics_are_those_of_the_last_save(tmp_path: Path, *, flushes: bool) -> None:
+    large, small = np.arange(3000.0), np.array([5.0, 7.0])
+    with create_test_run(tmp_path / "run", stats={"only": "only"}) as run:
+        for step in range(3):
+            run.log({"x": large, "only": large}, step=step)
+        run.log({"only": 1.0}, step=3)
+        if flushes:
+            run.flush()
+        run.log({"x": small, "only": small}, step=0)
+        run.log({"x": "text"}, step=1)
+        run.log({"x": large + 1, "only": large + 1}, step=2)
+        run.log({"only": large}, step=3)
+    reader = tsf.open_run(tmp_path / "run")
+    stats = reader["x"].stats()
+    assert stats.step.tolist() == [0, 2]
+    assert stats.count.tolist() == [2, 3000]
+    assert stats.max.tolist() == [7, 3000]
+    with pytest.raises(tsf.NotThereError):
+        reader["x"].stats(steps=[1])
+    assert reader["only"].stats().max.tolist() == [7, 2999, 3000, 2999]
+    assert reader["only"].read(step=0).tolist() == [5, 7]
+    for step in (1, 2, 3):  # the number that was there at step 3 is not what was saved last
+        with pytest.raises(tsf.NotThereError):
+            reader["only"].read(step=step)
+
+
+def test_small_values_have_statistics_whatever_the_grid_of_others(tmp_path: Path) -> None:
+    with create_test_run(tmp_path / "run", chunks={"x": (1000,)}) as run:
+        for step, n in enumerate((3000, 3, 1000, 2)):
+            run.log({"x": np.arange(float(n))}, step=step)
+    assert tsf.open_run(tmp_path / "run")["x"].stats().count.tolist() == [3000, 3, 1000, 2]
