@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.saving import LastingChild
 
 import tensorstore_fmt as tsf
 from tensorstore_fmt.format import layout
 from tensorstore_fmt.testing.writers import create_test_run
+from tensorstore_fmt.upkeep import compact, compacting, verify, verifying
 
 QUIET_NAN = np.array(0x7FF80000_DEADBEEF, np.uint64).view(np.float64)
 KINDS: dict[str, Callable[[int], object]] = {
@@ -49,6 +51,17 @@ options = st.fixed_dictionaries(
         "queue_bytes": st.sampled_from([10_000, 10_000_000]),
     }
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_upkeep() -> Iterator[None]:
+    """No reader has to be waited for; one child process serves all that is verified."""
+    child = LastingChild()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compacting, "_GRACE_US", 0)
+        patch.setattr(verifying, "ShardChild", lambda: child)
+        yield
+    child.end()
 
 
 def bits(value: object) -> tuple[object, ...]:
@@ -90,18 +103,28 @@ def test_whatever_is_logged_under_a_name_is_read(
             if flushes:
                 run.flush()
         assert run.close().dropped == 0
-        with tsf.open_run(url) as reader:
-            assert set(reader.names()) == {name for name, _, _ in oracle}
-            for name, mode in {(name, mode) for name, mode, _ in oracle}:
-                check(
-                    reader[name].select(mode=mode or "NONE"),
-                    options["stats"],
-                    {
-                        step: value
-                        for (n, m, step), value in oracle.items()
-                        if (n, m) == (name, mode)
-                    },
-                )
+        check_run(url, options["stats"], oracle)
+        compact(url)
+        assert not verify(url).problems
+        check_run(url, options["stats"], oracle)
+
+
+def check_run(url: str, stats: object, oracle: dict[tuple[str, str | None, int], object]) -> None:
+    """Compare a run with what was logged."""
+    with tsf.open_run(url) as reader:
+        assert set(reader.names()) == {name for name, _, _ in oracle}
+        for name, mode in {(name, mode) for name, mode, _ in oracle}:
+            saved = {s: value for (n, m, s), value in oracle.items() if (n, m) == (name, mode)}
+            check(reader[name].select(mode=mode or "NONE"), stats, saved)
+        numbers = {
+            (name, mode or "NONE", step): float(np.asarray(value).item())
+            for (name, mode, step), value in oracle.items()
+            if not isinstance(value, str) and np.asarray(value).size == 1
+        }
+        table = reader.scalars().to_pylist()
+        found = {(row["name"], row["mode"], row["step"]): row["value"] for row in table}
+        texts = {k for k, row in zip(found, table, strict=True) if row["text"] is not None}
+        np.testing.assert_equal({k: v for k, v in found.items() if k not in texts}, numbers)
 
 
 def check(tensor: tsf.Tensor, stats: object, saved: dict[int, object]) -> None:
