@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from tensorstore_fmt.reading.reader import check_all_is_there, check_name
 from tensorstore_fmt.reading.session import Session
 from tensorstore_fmt.reading.steps import StepSet
 from tensorstore_fmt.reading.timeline import Timeline, timelines
-from tensorstore_fmt.reading.view import View
+from tensorstore_fmt.reading.view import Source, View
 
 __all__ = ["Stats", "derived", "read_stats", "stat_rows", "vectors"]
 
@@ -141,15 +142,80 @@ def vectors(
         What is saved of the values and of the statistics; without `data` those of values that
         lie in the index are left out.
     """
-    step, rows = _of_series(view, session, stats, every)
-    if data is None:
-        return step, rows
-    more_step, more_rows = _of_values(view, session, data, every, step)
-    if len(more_step):
-        step, rows = np.concatenate([step, more_step]), np.concatenate([rows, more_rows])
+    found = _of_series(view, session, stats, every)
+    if data is not None:
+        found = found.with_more(_of_values(view, session, data, every, found))
+    return found.by_step()
+
+
+@dataclass(frozen=True, slots=True)
+class _Vectors:
+    """Statistics of saved values, a row each.
+
+    Attributes
+    ----------
+    step, values
+        Shapes (n,) and (n, 10).
+    part
+        Shape (n,), int64: number of the part; 0 if it is none.
+    size
+        Shape (n,): elements of the tensor that it is a part of; 0 if it is none.
+    numbers
+        Of each part.
+    """
+
+    step: _I64
+    values: _F64
+    part: _I64
+    size: _F64
+    numbers: dict[object, int]
+
+    def with_more(self, more: _Vectors) -> _Vectors:
+        """Add others, in any order of steps."""
+        if not len(more.step):
+            return self
+        step = np.concatenate([self.step, more.step])
         order = np.argsort(step, kind="stable")
-        step, rows = step[order], rows[order]
-    return step, rows
+        return _Vectors(
+            step[order],
+            np.concatenate([self.values, more.values])[order],
+            np.concatenate([self.part, more.part])[order],
+            np.concatenate([self.size, more.size])[order],
+            self.numbers,
+        )
+
+    def by_step(self) -> tuple[_I64, _F64]:
+        """Add up the parts of each step; leave out what lacks some."""
+        if not self.size.any():
+            return self.step, self.values
+        begins = np.flatnonzero(np.diff(self.step, prepend=-1))
+        total = np.add.reduceat(self.values, begins)
+        total[:, 5] = np.fmin.reduceat(self.values[:, 5], begins)
+        total[:, 6] = np.fmax.reduceat(self.values[:, 6], begins)
+        size = self.size[begins]
+        is_whole = (size == 0) | (total[:, 0] == size)
+        return self.step[begins][is_whole], total[is_whole]
+
+
+def _of_chosen(chosen: Chosen, rows: _I64, values: _F64, numbers: dict[object, int]) -> _Vectors:
+    """Say of vectors which parts they are of."""
+    line = chosen.line
+    part, size = np.zeros(len(rows), np.int64), np.zeros(len(rows))
+    if chosen.is_parts:
+        sources = line.found.sources
+        part = np.array([_number(s, numbers) for s in sources])[line.source[rows]]
+        size = np.array([_size(s) for s in sources])[line.source[rows]]
+    return _Vectors(line.step[rows], values, part, size, numbers)
+
+
+def _number(source: Source, numbers: dict[object, int]) -> int:
+    if source.part is None:
+        return 0
+    return numbers.setdefault((source.worker, source.part), len(numbers) + 1)
+
+
+def _size(source: Source) -> float:
+    return 0.0 if source.part is None else float(np.prod(source.series.global_shape, dtype=float))
 
 
 def _missing(view: View, query: Query, data: Timeline, stats: Timeline, step: int) -> Exception:
@@ -182,56 +248,49 @@ def stat_rows(session: Session, line: Timeline, rows: _I64) -> _F64:
     return values
 
 
-def _of_series(view: View, session: Session, line: Timeline, every: StepSet) -> tuple[_I64, _F64]:
-    """Take them from statistics series; those of parts are added up."""
+def _of_series(view: View, session: Session, line: Timeline, every: StepSet) -> _Vectors:
+    """Take them from statistics series."""
     chosen = choose(view, line, every)
-    if not len(chosen.rows):
-        return np.empty(0, np.int64), np.empty((0, layout.STATS_LEN))
-    rows = stat_rows(session, chosen.line, chosen.rows)
-    if not chosen.is_parts:
-        return chosen.steps, rows
-    begins = np.flatnonzero(np.diff(chosen.number, prepend=-1))
-    total = np.add.reduceat(rows, begins)
-    total[:, 5] = np.fmin.reduceat(rows[:, 5], begins)
-    total[:, 6] = np.fmax.reduceat(rows[:, 6], begins)
-    sources = chosen.line.found.sources
-    size = np.array([float(np.prod(s.series.global_shape, dtype=float)) for s in sources])
-    is_whole = total[:, 0] == size[chosen.line.source[chosen.rows[begins]]]
-    return chosen.steps[is_whole], total[is_whole]
+    values = np.empty((0, layout.STATS_LEN))
+    if len(chosen.rows):
+        values = stat_rows(session, chosen.line, chosen.rows)
+    return _of_chosen(chosen, chosen.rows, values, {})
 
 
 def _of_values(
-    view: View, session: Session, line: Timeline, every: StepSet, have: _I64
-) -> tuple[_I64, _F64]:
-    """Compute them from values that lie in the index."""
+    view: View, session: Session, line: Timeline, every: StepSet, have: _Vectors
+) -> _Vectors:
+    """Compute them from values that lie in the index, but for those that there are."""
     entries = line.found.entries.rows[line.row]
     keep = (entries["shard"] == layout.INLINE_SHARD) & _is_one_chunk(line)
-    if len(have):
-        keep &= ~np.isin(line.step, have)
+    if len(have.step):
+        for number, source in enumerate(line.found.sources):
+            # Of a worker's part alone nothing says that it is one.
+            part = have.numbers.get((source.worker, source.part), -1) if have.numbers else 0
+            known = have.step[have.part == (0 if source.part is None else part)]
+            keep &= (line.source != number) | ~np.isin(line.step, known)
     chosen = choose(view, line.take(keep), every)
-    steps, parts = [np.empty(0, np.int64)], [np.empty((0, layout.STATS_LEN))]
+    found = _of_chosen(chosen, chosen.rows[:0], np.empty((0, layout.STATS_LEN)), have.numbers)
     used = chosen.line.source[chosen.rows]
-    for source in np.unique(used).tolist():
-        rows = chosen.rows[used == source]
-        series = line.found.sources[source].series
+    for number in np.unique(used).tolist():
+        rows = chosen.rows[used == number]
+        series = chosen.line.found.sources[number].series
         for some in _same_shape(chosen.line, rows):
             step = chosen.line.step[some]
-            part = Chosen(chosen.line, step, some, np.arange(len(some)), is_parts=False)
-            (values,) = read_all(session.storage, [assemble(part, ())])
+            alone = Chosen(chosen.line, step, some, np.arange(len(some)), is_parts=False)
+            (values,) = read_all(session.storage, [assemble(alone, ())])
             flat = np.ascontiguousarray(values).reshape(len(some), -1)
-            steps.append(step)
-            parts.append(statistics.compute_rows(flat, dtype=series.dtype))
-    step, rows_ = np.concatenate(steps), np.concatenate(parts)
-    order = np.argsort(step, kind="stable")
-    return step[order], rows_[order]
+            computed = statistics.compute_rows(flat, dtype=series.dtype)
+            found = found.with_more(_of_chosen(chosen, some, computed, have.numbers))
+    return found
 
 
 def _is_one_chunk(line: Timeline) -> NDArray[np.bool_]:
-    """Say of each row whether its value is numbers in one chunk, and no part of a larger one."""
+    """Say of each row whether its value is numbers in one chunk."""
     result = np.zeros(len(line), np.bool_)
     for number, source in enumerate(line.found.sources):
         series = source.series
-        if series.global_shape or not statistics.supports(series.dtype):
+        if not statistics.supports(series.dtype):
             continue
         mine = line.source == number
         axes = list(zip(series.shape, series.grid, strict=True))

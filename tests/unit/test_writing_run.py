@@ -467,3 +467,22 @@ def test_small_values_have_statistics_whatever_the_grid_of_others(tmp_path: Path
         for step, n in enumerate((3000, 3, 1000, 2)):
             run.log({"x": np.arange(float(n))}, step=step)
     assert tsf.open_run(tmp_path / "run")["x"].stats().count.tolist() == [3000, 3, 1000, 2]
+
+
+@pytest.mark.parametrize("cut", [2, 30, 998])
+def test_statistics_of_parts_small_and_large(tmp_path: Path, cut: int) -> None:
+    whole = np.arange(4000.0).reshape(1000, 4)
+    parts = [(whole[:cut], (0, 0)), (whole[cut:], (cut, 0))]
+    for worker, (value, origin) in enumerate(parts):
+        with create_test_run(tmp_path / "run", worker=worker, num_workers=2) as run:
+            part = tsf.Part(value=value, global_shape=whole.shape, origin=origin)
+            run.log({"x": part}, step=3)
+            if worker == 0:
+                run.log({"x": part}, step=4)  # of which the other has nothing
+    tensor = tsf.open_run(tmp_path / "run")["x"]
+    stats = tensor.stats()
+    assert stats.step.tolist() == [3]
+    assert (stats.count[0], stats.min[0], stats.max[0]) == (4000, 0, 3999)
+    assert stats.sum[0] == whole.sum()
+    assert tensor.stats(worker=0).count.tolist() == [4 * cut] * 2
+    assert tensor.stats(worker=1).min.tolist() == [4 * cut]
