@@ -69,7 +69,13 @@ def test_the_last_save_of_each_step_is_read(
         some = data.draw(st.lists(st.sampled_from(steps_saved), min_size=1, max_size=6))
         got = tensor.read(steps=some, index=index)
         np.testing.assert_array_equal(got, np.stack([oracle[s][index] for s in some]))
-        np.testing.assert_array_equal(tensor.read(step=some[0]), oracle[some[0]])
+        run = open_run(build.url)
+        for step in some:
+            np.testing.assert_array_equal(tensor.read(step=step), oracle[step])
+            np.testing.assert_array_equal(tensor.read(step=step, index=index), oracle[step][index])
+        items = [("x", step, each) for step in some for each in ((), index)]
+        for (_, step, each), result in zip(items, run.read(items), strict=True):
+            np.testing.assert_array_equal(result, oracle[step][each])
         begin, end = sorted(data.draw(st.tuples(st.integers(0, 50), st.integers(0, 50))))
         stride = data.draw(st.integers(1, 3))
         got = tensor.read(steps=slice(begin, end, stride))
