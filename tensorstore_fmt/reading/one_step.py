@@ -5,6 +5,7 @@ A shortcut past `timeline` and `assembly`, which cost half a millisecond whateve
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Final
 
@@ -36,8 +37,11 @@ def assemble_step(where: AtStep, query: Query, index: object) -> Assembly | None
     source, page = where.source, where.page
     series = source.series
     which = page.rows_of(source.row, where.step, where.step)
-    if not isinstance(which, slice) or n_chunks(series.shape, series.grid) != (
-        which.stop - which.start
+    largest = math.prod(min(g or n, n) for n, g in zip(series.shape, series.grid, strict=True))
+    if (
+        not isinstance(which, slice)
+        or n_chunks(series.shape, series.grid) != which.stop - which.start
+        or largest > layout.MAX_CHUNK_RAW_NBYTES  # a claim, which is refused with more to say
     ):
         return None
     entries = page.entries.slice(which.start, which.stop)
