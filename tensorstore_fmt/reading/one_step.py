@@ -1,6 +1,6 @@
 """One step: what makes up a tensor at a single step, where it is all in one page.
 
-A shortcut past `timeline` and `assembly`, which cost half a millisecond whatever they are asked.
+A shortcut past `timeline` and `assembly`, which take twice as long, whatever they are asked.
 """
 
 from __future__ import annotations
