@@ -170,6 +170,12 @@ class _Vectors:
     size: _F64
     numbers: dict[object, int]
 
+    def part_of(self, source: Source) -> int:
+        """Give the number of a source's part; −1 for one that is not here."""
+        if source.part is None or not self.numbers:  # also where a worker's part is asked for alone
+            return 0
+        return self.numbers.get((source.worker, source.part), -1)
+
     def with_more(self, more: _Vectors) -> _Vectors:
         """Add others, in any order of steps."""
         if not len(more.step):
@@ -263,12 +269,10 @@ def _of_values(
     """Compute them from values that lie in the index, but for those that there are."""
     entries = line.found.entries.rows[line.row]
     keep = (entries["shard"] == layout.INLINE_SHARD) & _is_one_chunk(line)
-    if len(have.step):
-        for number, source in enumerate(line.found.sources):
-            # Of a worker's part alone nothing says that it is one.
-            part = have.numbers.get((source.worker, source.part), -1) if have.numbers else 0
-            known = have.step[have.part == (0 if source.part is None else part)]
-            keep &= (line.source != number) | ~np.isin(line.step, known)
+    if len(have.step) and len(line):
+        part = np.array([have.part_of(s) for s in line.found.sources])[line.source]
+        for number in np.unique(part).tolist():
+            keep &= (part != number) | ~np.isin(line.step, have.step[have.part == number])
     chosen = choose(view, line.take(keep), every)
     found = _of_chosen(chosen, chosen.rows[:0], np.empty((0, layout.STATS_LEN)), have.numbers)
     used = chosen.line.source[chosen.rows]
@@ -287,20 +291,25 @@ def _of_values(
 
 def _is_one_chunk(line: Timeline) -> NDArray[np.bool_]:
     """Say of each row whether its value is numbers in one chunk."""
-    result = np.zeros(len(line), np.bool_)
-    for number, source in enumerate(line.found.sources):
+    sources = line.found.sources
+    can = np.zeros(len(sources), np.bool_)
+    unsure: dict[
+        tuple[int, ...], list[int]
+    ] = {}  # sources, by the most that varying lengths may be
+    for number, source in enumerate(sources):
         series = source.series
-        if not statistics.supports(series.dtype):
-            continue
-        mine = line.source == number
         axes = list(zip(series.shape, series.grid, strict=True))
-        if any(0 < g < n for n, g in axes):
+        if not statistics.supports(series.dtype) or any(0 < g < n for n, g in axes):
             continue
-        limits = np.array([g or layout.MAX_AXIS for n, g in axes if n < 0], np.int64)
+        limits = tuple([g or layout.MAX_AXIS for n, g in axes if n < 0])
+        if limits:
+            unsure.setdefault(limits, []).append(number)
+        can[number] = not limits
+    result = can[line.source] if len(can) else np.zeros(len(line), np.bool_)
+    for limits, numbers in unsure.items():
+        mine = np.isin(line.source, numbers)
         dims = line.found.entries.dims.take(line.row[mine]).values
-        result[mine] = (
-            (dims.reshape(-1, len(limits)) <= limits).all(axis=1) if len(limits) else True
-        )
+        result[mine] = (dims.reshape(-1, len(limits)) <= limits).all(axis=1)
     return result
 
 
