@@ -8,10 +8,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final, TypeVar
 
-__all__ = ["THREADS", "later", "run_all"]
+__all__ = ["THREADS", "run_all"]
 
 T = TypeVar("T")
-R = TypeVar("R")
 
 THREADS: Final = min(8, os.cpu_count() or 1)
 
@@ -34,14 +33,6 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
-
-
-def later(work: Callable[[T], R], item: T) -> Future[R] | None:
-    """Begin to do the work in another thread; None if none can be started any more."""
-    try:
-        return _shared().submit(work, item)
-    except RuntimeError:  # the interpreter is shutting down
-        return None
 
 
 def run_all(work: Callable[[T], None], items: Sequence[T]) -> None:

@@ -274,7 +274,7 @@ def _of_values(
         for number in np.unique(part).tolist():
             keep &= (part != number) | ~np.isin(line.step, have.step[have.part == number])
     chosen = choose(view, line.take(keep), every)
-    found = _of_chosen(chosen, chosen.rows[:0], np.empty((0, layout.STATS_LEN)), have.numbers)
+    taken, parts = [chosen.rows[:0]], [np.empty((0, layout.STATS_LEN))]
     used = chosen.line.source[chosen.rows]
     for number in np.unique(used).tolist():
         rows = chosen.rows[used == number]
@@ -284,18 +284,16 @@ def _of_values(
             alone = Chosen(chosen.line, step, some, np.arange(len(some)), is_parts=False)
             (values,) = read_all(session.storage, [assemble(alone, ())])
             flat = np.ascontiguousarray(values).reshape(len(some), -1)
-            computed = statistics.compute_rows(flat, dtype=series.dtype)
-            found = found.with_more(_of_chosen(chosen, some, computed, have.numbers))
-    return found
+            taken.append(some)
+            parts.append(statistics.compute_rows(flat, dtype=series.dtype))
+    return _of_chosen(chosen, np.concatenate(taken), np.concatenate(parts), have.numbers)
 
 
 def _is_one_chunk(line: Timeline) -> NDArray[np.bool_]:
     """Say of each row whether its value is numbers in one chunk."""
     sources = line.found.sources
     can = np.zeros(len(sources), np.bool_)
-    unsure: dict[
-        tuple[int, ...], list[int]
-    ] = {}  # sources, by the most that varying lengths may be
+    unsure: dict[tuple[int, ...], list[int]] = {}  # by the most that lengths which vary may be
     for number, source in enumerate(sources):
         series = source.series
         axes = list(zip(series.shape, series.grid, strict=True))
