@@ -22,6 +22,7 @@ from tensorstore_fmt.storage.base import BytesLike, FileInfo, check_path
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE: Final = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | getattr(os, "O_NOCTTY", 0)
 _IOV_MAX: Final = 1024  # what Linux and macOS take in one call
+_MOST_LISTINGS: Final = 100
 _CHECKED_NBYTES: Final = 64 * 1024  # from here on the length is checked before allocating
 
 
@@ -116,20 +117,30 @@ def list_files(root: str, directory: str) -> list[FileInfo]:
         fd = open_directory(root, directory)
     except FileNotFoundError:
         return []
-    found = []
     try:
-        with os.scandir(fd) as entries:
-            for entry in entries:
-                try:
-                    status = entry.stat(follow_symlinks=False)
-                except FileNotFoundError:
-                    continue  # deleted since: it may as well have been before
-                if not stat.S_ISDIR(status.st_mode):
-                    found.append(FileInfo(entry.name, status.st_size))
+        for _ in range(_MOST_LISTINGS):
+            # One that was deleted after its name was read may not be left out: what stands for
+            # it, a merged segment, can be newer than the names.
+            with suppress(FileNotFoundError):
+                return _entries(fd)
     finally:
         os.close(fd)
-    found.sort(key=lambda info: info.base)
-    return found
+    raise OSError(
+        errno.EBUSY, "files keep vanishing while they are listed; try again",
+        os.path.join(root, directory),
+    )  # fmt: skip
+
+
+def _entries(fd: int) -> list[FileInfo]:
+    """Read all names first, so that they are of one moment, as far as the system can do it."""
+    with os.scandir(fd) as entries:
+        names = list(entries)
+    found = []
+    for entry in names:
+        status = entry.stat(follow_symlinks=False)
+        if not stat.S_ISDIR(status.st_mode):
+            found.append(FileInfo(entry.name, status.st_size))
+    return sorted(found, key=lambda info: info.base)
 
 
 class OpenFile:

@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -98,6 +100,56 @@ def test_the_root_may_be_a_link(storage: Storage, tmp_path: Path) -> None:
     assert open_storage(tmp_path / "latest", writable=False).fetch([Listing("")]) == [
         [FileInfo("a", 1)]
     ]
+
+
+@contextmanager
+def _names_are_read_before(then: Callable[[], object]) -> Iterator[None]:
+    """Do something each time when the names of a directory are read and nothing else is."""
+    scan = os.scandir
+
+    @contextmanager
+    def scandir(directory: int) -> Iterator[list[os.DirEntry[str]]]:
+        with scan(directory) as entries:
+            found = list(entries)
+        then()
+        yield found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "scandir", scandir)
+        yield
+
+
+def test_what_is_merged_while_it_is_listed_is_listed_again(
+    storage: Storage, tmp_path: Path
+) -> None:
+    for name in ("0", "1", "2", "other"):
+        storage.publish(f"index/{name}", [b"x"])
+
+    def merge() -> None:
+        storage.publish("index/0-2", [b"xxx"])
+        storage.delete(["index/1", "index/2"])
+
+    with _names_are_read_before(merge):
+        (listed,) = storage.fetch([Listing("index")])
+    assert listed == [FileInfo("0", 1), FileInfo("0-2", 3), FileInfo("other", 1)]
+
+
+def test_a_directory_that_never_holds_still(storage: Storage, tmp_path: Path) -> None:
+    storage.publish("index/0", [b"x"])
+    made = iter(range(1, 1000))
+    moves: list[int] = []
+
+    def move() -> None:
+        moves.append(next(made))
+        (tmp_path / f"run/index/{moves[-1] - 1}").rename(tmp_path / f"run/index/{moves[-1]}")
+
+    with _names_are_read_before(move):
+        (error,) = storage.fetch_settled([Listing("index")])
+    assert isinstance(error, OSError)
+    assert not isinstance(error, FileNotFoundError)
+    assert "vanishing" in str(error)
+    assert len(moves) == 100
+    assert storage.fetch([Listing("index")]) == [[FileInfo("100", 1)]]
 
 
 def test_a_root_that_is_a_file_holds_nothing(tmp_path: Path) -> None:
