@@ -16,7 +16,7 @@ from tensorstore_fmt.format import codec, layout
 from tensorstore_fmt.format.strings import unpack_strings
 from tensorstore_fmt.reading.plan import Touched
 
-__all__ = ["Decoder", "Payload", "check", "straight_places"]
+__all__ = ["Decoder", "Payload", "check", "scratch", "straight_places"]
 
 _I64 = NDArray[np.int64]
 _Array = NDArray[Any]
@@ -38,7 +38,7 @@ class _Scratch(threading.local):
         return self.room[:nbytes]
 
 
-_scratch = _Scratch()
+scratch = _Scratch()
 
 
 def check(payload: memoryview, expected: int) -> None:
@@ -188,7 +188,7 @@ class Decoder:
                     f"raw payload of {len(payload)} bytes, expected {what.raw_nbytes}"
                 )
             return np.frombuffer(payload, self._dtype).reshape(what.kept, *box)
-        raw = _scratch.take(what.raw_nbytes) if room is None else room.reshape(-1).view(np.uint8)
+        raw = scratch.take(what.raw_nbytes) if room is None else room.reshape(-1).view(np.uint8)
         codec.decode(
             payload,
             raw,

@@ -29,6 +29,7 @@ from tensorstore_fmt.reading.session import Session
 from tensorstore_fmt.reading.steps import StepSet
 from tensorstore_fmt.reading.timeline import Timeline, timelines
 from tensorstore_fmt.reading.view import View
+from tensorstore_fmt.reading.whole import read_whole
 
 __all__ = ["Ask", "check_all_is_there", "check_name", "read", "visible"]
 
@@ -138,6 +139,8 @@ def _read_located(
         locate(where) if whole and where is not None else None
         for whole, where in zip(is_whole, found, strict=True)
     ]
+    if len(asks) == 1 and is_whole[0] and found[0] is not None and chunks[0] is None:
+        return [read_whole(session.storage, found[0])]
     in_shards = sum([each.nbytes for each in chunks if each is not None and not each.is_inline])
     if in_shards > _MOST_ALONE_NBYTES:  # neighbours are better read together, in threads
         chunks = [each if each is not None and each.is_inline else None for each in chunks]
