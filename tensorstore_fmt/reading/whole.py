@@ -1,8 +1,7 @@
 """Whole tensors: all of one step of a local run, read and decoded straight into its place.
 
-A shortcut past `assembly` and `fetch` for what is read most: it plans in half of their time, and
-takes a third of it for each chunk. What is not as simple as that, or not right, is left to them:
-they know all cases, and say what is wrong.
+A shortcut past `assembly` and `fetch` for what is read most, which plans in half of their time. What
+is not as simple as that, or not right, is left to them: they know all cases, and say what is wrong.
 """
 
 from __future__ import annotations
