@@ -1,7 +1,8 @@
 """Whole tensors: all of one step of a local run, read and decoded straight into its place.
 
-A shortcut past `assembly` and `fetch` for what is read most, which plans in half of their time. What
-is not as simple as that, or not right, is left to them: they know all cases, and say what is wrong.
+A shortcut past `assembly` and `fetch` for what is read most, which plans in half of their time.
+What is not as simple as that, or not right, is left to them: they know all cases, and say what is
+wrong.
 """
 
 from __future__ import annotations
