@@ -211,16 +211,16 @@ class SaveEncoder:
             # One step's worth says the same, and can be joined with what follows.
             placed.raw_nbytes //= len(steps)
             placed.digest, is_repeat = None, True
-        self._entry(series, steps, number, placed, is_repeat=is_repeat)
+        entry = self._entry(series, steps, number, placed, is_repeat=is_repeat)
         if placed.inline is not None:
             return
         self._rows.append(
             (
                 ShardRow(
                     series=series,
-                    step=int(steps[0]),
-                    stride=_stride(steps),
-                    count=len(steps),
+                    step=entry.step,
+                    stride=entry.stride,
+                    count=entry.count,
                     chunk=number,
                     flush=self._flush,
                     codec=placed.codec,
@@ -247,19 +247,19 @@ class SaveEncoder:
         *,
         is_repeat: bool = False,
         is_new: bool = True,
-    ) -> None:
-        self._entries.append(
-            PendingEntry(
-                series=series,
-                step=int(steps[0]),
-                stride=_stride(steps),
-                count=len(steps),
-                chunk=number,
-                placed=placed,
-                is_repeat=is_repeat,
-                is_new=is_new,
-            )
+    ) -> PendingEntry:
+        entry = PendingEntry(
+            series=series,
+            step=int(steps[0]),
+            stride=_stride(steps),
+            count=len(steps),
+            chunk=number,
+            placed=placed,
+            is_repeat=is_repeat,
+            is_new=is_new,
         )
+        self._entries.append(entry)
+        return entry
 
 
 def _flags(placed: Placed, *, is_repeat: bool) -> int:
