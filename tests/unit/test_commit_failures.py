@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -199,7 +200,13 @@ def test_the_report_says_how_long_log_waited(tmp_path: Path) -> None:
             released.wait(30)
 
     run = faulty_run(tmp_path / "run", slow, queue_bytes=4 << 20, compression="none")
-    threading.Timer(0.3, released.set).start()
+
+    def release_later() -> None:
+        wait_for(lambda: run._pool._hurries > 0)  # `log` waits
+        time.sleep(0.1)
+        released.set()
+
+    threading.Thread(target=release_later).start()
     for step in range(12):
         run.log({"w": np.full(1 << 18, step, "f4")}, step=step)
     report = run.close()

@@ -58,6 +58,15 @@ class Gate:
         self.names.append(name)
         return self._encode(encoder, raw, **how)  # type: ignore[arg-type]
 
+    def pass_when_hurried(self, run: tsf.RunWriter) -> None:
+        """Let the patient ones go on once somebody waits for them."""
+
+        def work() -> None:
+            wait_until(lambda: run._pool._hurries > 0)
+            self.may_pass.set()
+
+        threading.Thread(target=work).start()
+
     def shifts(self) -> list[bool]:
         """Whether the patient shift did it, for each chunk that is encoded."""
         return [name.startswith(NAMES[True]) for name in self.names]
@@ -165,7 +174,8 @@ def test_who_is_blocked_is_helped(tmp_path: Path, gate: Gate) -> None:
     value = tensor(0)
     with create(tmp_path / "run", queue_bytes=value.nbytes + 1) as run:
         run.log({"x": value}, step=0)
-        threading.Timer(0.2, gate.may_pass.set).start()
+        wait_until(lambda: len(gate.seen) == 1)  # the patient one has begun
+        gate.pass_when_hurried(run)
         run.log({"x": value + 1}, step=1)
         run.flush()
     assert gate.shifts().count(False) >= 8
@@ -219,8 +229,7 @@ def test_a_failure_after_a_change_of_hands_is_counted(
     run = create(tmp_path / "run", on_error="warn")
     run.log({"x": tensor(0)}, step=0)
     wait_until(lambda: len(gate.seen) == 1)
-    helper = threading.Timer(0.2, gate.may_pass.set)
-    helper.start()
+    gate.pass_when_hurried(run)
     with pytest.warns(RuntimeWarning, match="MemoryError"):
         assert run.flush() is False
     with pytest.warns(RuntimeWarning, match="1 tensors DROPPED"):
