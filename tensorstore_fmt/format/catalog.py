@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -47,9 +47,8 @@ CATALOG_SCHEMA: Final = pa.schema(
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Series:
-    """One row of a catalog."""
+class Series(NamedTuple):
+    """One row of a catalog; its fields are in the order of the columns."""
 
     name: str
     kind: int
@@ -194,19 +193,18 @@ class CatalogColumns:
     lists: dict[str, Ragged]
     sums: dict[str, np.ndarray]
 
-    def series(self, row: int) -> Series:
-        """Give one row."""
-        return Series(
-            name=self.names[row],
-            kind=int(self.kind[row]),
-            mode=int(self.mode[row]),
-            dtype=self.dtypes[row],
-            shape=self.lists["shape"].row(row),
-            grid=self.lists["grid"].row(row),
-            global_shape=self.lists["global_shape"].row(row),
-            origin=self.lists["origin"].row(row),
-            **{key: int(column[row]) for key, column in self.sums.items()},
-        )
+    def series(self, begin: int, end: int) -> list[Series]:
+        """Give rows begin … end − 1."""
+        rows = slice(begin, end)
+        columns = [
+            self.names[rows],
+            self.kind[rows].tolist(),
+            self.mode[rows].tolist(),
+            self.dtypes[rows],
+            *(column.slice(begin, end).tuples() for column in self.lists.values()),
+            *(column[rows].tolist() for column in self.sums.values()),
+        ]
+        return list(map(Series._make, zip(*columns, strict=True)))
 
 
 def decode_catalog(stored: bytes | memoryview, row: np.void, where: str) -> CatalogColumns:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from typing import Final
 
 import crc32c
 import numpy as np
@@ -27,6 +28,7 @@ from tensorstore_fmt.format.catalog import (
     encode_catalog,
 )
 from tensorstore_fmt.format.page import Entries, StoredPage
+from tensorstore_fmt.lazy import lazy
 
 __all__ = [
     "Catalog",
@@ -40,6 +42,7 @@ __all__ = [
 
 _HEADER = layout.SEGMENT_HEADER
 _CRC = slice(_HEADER.size - 4, _HEADER.size)
+_MOST_DECODED: Final = 255  # rows of a catalog at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -264,7 +267,7 @@ class Catalog:
     def __init__(self, pages: Sequence[CatalogColumns]) -> None:
         self._pages = pages
         self.names: list[str] = [name for p in pages for name in p.names]
-        self._begins = np.cumsum([0, *(len(p.names) for p in pages)])
+        self._begins = [0, *itertools.accumulate(len(p.names) for p in pages)]
         self._series: dict[int, Series] = {}
 
     def __len__(self) -> int:
@@ -272,11 +275,17 @@ class Catalog:
 
     def __getitem__(self, number: int) -> Series:
         found = self._series.get(number)
-        if found is None:
-            which = int(np.searchsorted(self._begins, number, side="right")) - 1
-            found = self._pages[which].series(number - int(self._begins[which]))
-            self._series[number] = found
-        return found
+        return self._decoded(number) if found is None else found
+
+    def _decoded(self, number: int) -> Series:
+        # A block takes little longer than a row: the more were asked for, the larger it is.
+        size = 1 << min(len(self._series), _MOST_DECODED).bit_length()
+        which = bisect.bisect_right(self._begins, number) - 1
+        page, first = self._pages[which], self._begins[which]
+        begin = (number - first) // size * size
+        end = min(begin + size, len(page.names))
+        self._series.update(enumerate(page.series(begin, end), first + begin))
+        return self._series[number]
 
     def table(self) -> CatalogTable:
         """Give all rows, in columns of Python values."""
@@ -293,12 +302,12 @@ class Catalog:
             **lists,
         )
 
-    @cached_property
+    @lazy
     def kind(self) -> np.ndarray:
         """Kind of each series."""
         return np.concatenate([p.kind for p in self._pages] or [np.empty(0, np.uint8)])
 
-    @cached_property
+    @lazy
     def mode(self) -> np.ndarray:
         """Mode of each series."""
         return np.concatenate([p.mode for p in self._pages] or [np.empty(0, np.uint8)])
@@ -307,7 +316,7 @@ class Catalog:
         """Give one of first_step, last_step, steps, raw_nbytes, stored_nbytes."""
         return np.concatenate([p.sums[name] for p in self._pages] or [np.empty(0, np.int64)])
 
-    @cached_property
+    @lazy
     def varying(self) -> np.ndarray:
         """Number of axes of each series whose length stands in the entries."""
         parts = []
@@ -317,13 +326,21 @@ class Catalog:
             parts.append(total[shape.offsets[1:]] - total[shape.offsets[:-1]])
         return np.concatenate(parts or [np.empty(0, np.int64)])
 
+    def has(self, name: str) -> bool:
+        """Say whether a series has this name."""
+        at = bisect.bisect_left(self.names, name)
+        return at < len(self.names) and self.names[at] == name
+
     def rows_of(self, name: str) -> range:
         """Give the numbers of the series with this name (the rows are sorted by name)."""
         begin = bisect.bisect_left(self.names, name)
-        return range(begin, bisect.bisect_right(self.names, name, lo=begin))
+        end = begin
+        while end < len(self.names) and self.names[end] == name:  # few, as a rule one
+            end += 1
+        return range(begin, end)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Head:
     """The checked head of a segment: everything but its entries."""
 
@@ -346,12 +363,16 @@ class Head:
             stored,
             self.root[number],
             self.header.name.path,
-            page.EntryContext(
-                varying=self.catalog.varying,
-                shard_nbytes=np.fromiter((n for _, n in self.shards), np.int64, len(self.shards)),
-                first_flush=self.header.first_flush,
-                last_flush=self.header.last_flush,
-            ),
+            self._context,
+        )
+
+    @lazy
+    def _context(self) -> page.EntryContext:
+        return page.EntryContext(
+            varying=self.catalog.varying,
+            shard_nbytes=np.fromiter((n for _, n in self.shards), np.int64, len(self.shards)),
+            first_flush=self.header.first_flush,
+            last_flush=self.header.last_flush,
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,16 +14,20 @@ from tensorstore_fmt.errors import FormatError, MissingFileError
 from tensorstore_fmt.format import layout
 from tensorstore_fmt.format.page import ENTRY_ROW, Entries
 from tensorstore_fmt.format.ragged import Ragged
+from tensorstore_fmt.reading import pool
 from tensorstore_fmt.reading.cache import Cache
 from tensorstore_fmt.reading.plan import merge_ranges
-from tensorstore_fmt.reading.view import NO_BYTES, Segment, Source, View
+from tensorstore_fmt.reading.view import MANY, NO_BYTES, Segment, Source, View
 from tensorstore_fmt.storage import Range, Storage
 
 __all__ = ["Found", "LostSegmentsError", "Page", "Pages", "Query", "find"]
 
 _MAX_CACHED_NBYTES: Final = 64 * 1024 * 1024
 _MAX_REQUEST_NBYTES: Final = 8 * 1024 * 1024
+_THREADED_NBYTES: Final = 128 * 1024
 _ROW_NBYTES: Final = 160  # of a decoded entry without its lists and inline bytes
+
+_MOST_KEYS: Final = 1 << 62  # pairs of a series and a step
 
 _I64 = NDArray[np.int64]
 
@@ -85,6 +89,42 @@ class Page:
             return slice(begin, end)
         return np.concatenate([earlier + begin, np.arange(first, end)])
 
+    def only_row(self, series: int, step: int) -> int:
+        """Give the only row of a series that covers a step; −1 if none does, or not only one."""
+        rows = self.rows_of(series, step, step)
+        if isinstance(rows, slice):
+            return rows.start if rows.stop - rows.start == 1 else -1
+        return int(rows[0]) if len(rows) == 1 else -1
+
+    def only_rows(self, series: Sequence[int], steps: Sequence[int]) -> list[int]:
+        """Do as `only_row` for each.
+
+        Parameters
+        ----------
+        series, steps
+            One of each for each answer.
+        """
+        if len(series) < MANY or not len(self.series):
+            return [self.only_row(row, at) for row, at in zip(series, steps, strict=True)]
+        base, span = int(self.series[0]), int(self.step.max()) + 1
+        if (int(self.series[-1]) - base + 1) * span > _MOST_KEYS:
+            return [self.only_row(row, at) for row, at in zip(series, steps, strict=True)]
+        rows, wanted = np.array(series, np.int64), np.array(steps, np.int64)
+        # Entries are sorted by series, then by step.
+        keys = (self.series.astype(np.int64) - base) * span + self.step
+        last = keys.searchsorted((rows - base) * span + np.minimum(wanted, span - 1), side="right")
+        last -= 1
+        begin = self.series.searchsorted(rows.astype(np.uint32), side="left")
+        is_there = last >= begin
+        is_there &= self.last_step.take(last, mode="clip") >= wanted
+        (others,) = np.nonzero(is_there & (last > begin))
+        if len(others):
+            earlier = np.stack([begin[others], last[others]], axis=1).reshape(-1)
+            reach = np.maximum.reduceat(self.last_step, earlier)[::2]
+            is_there[others[reach >= wanted[others]]] = False
+        found: list[int] = np.where(is_there, last, -1).tolist()
+        return found
+
 
 class Pages:
     """Decoded entry pages of a run, the least recently used ones forgotten. Threads share it."""
@@ -121,28 +161,25 @@ class Pages:
         self._cache.clear()
 
     def _load(self, missing: dict[PageKey, Segment]) -> dict[PageKey, Page]:
-        stored = self._stored(missing)
         lost: dict[layout.SegmentName, FormatError] = {}  # vanished
         pages: dict[PageKey, Page] = {}
         is_doubtful = False
-        for (name, number), segment in missing.items():
-            data = stored[name, number]
-            try:
-                if isinstance(data, Exception):
-                    raise data
-                pages[name, number] = Page.of(segment.head.decode_entries(number, data))
-            except FileNotFoundError:
+        for key, page in self._decoded(missing).items():
+            name, segment = key[0], missing[key]
+            if isinstance(page, Page):
+                pages[key] = page
+            elif isinstance(page, FileNotFoundError):
                 lost[name] = MissingFileError(
                     f"{name.path}: the segment is not there any more, and none that covers it",
                     file=name.path,
                 )
-            except FormatError as error:
-                if len(segment.kept):
-                    segment.kept = NO_BYTES  # it may come from a damaged bundle
-                    is_doubtful = True
-                    continue
-                error.facts.setdefault("file", name.path)
-                raise
+            elif isinstance(page, FormatError) and len(segment.kept):
+                segment.kept = NO_BYTES  # it may come from a damaged bundle
+                is_doubtful = True
+            else:
+                if isinstance(page, FormatError):
+                    page.facts.setdefault("file", name.path)
+                raise page
         if is_doubtful:
             return pages | self._load({k: s for k, s in missing.items() if k not in pages})
         if lost:
@@ -150,6 +187,28 @@ class Pages:
         for key, page in pages.items():
             self._cache.put(key, page, page.nbytes)
         return pages
+
+    def _decoded(self, missing: dict[PageKey, Segment]) -> dict[PageKey, Page | Exception]:
+        """Fetch and decode pages, in threads if they are many bytes."""
+        stored = self._stored(missing)
+        decoded: dict[PageKey, Page | Exception] = {}
+
+        def work(keys: Sequence[PageKey]) -> None:
+            for key in keys:
+                data = stored[key]
+                if isinstance(data, Exception):
+                    decoded[key] = data
+                    continue
+                try:
+                    decoded[key] = Page.of(missing[key].head.decode_entries(key[1], data))
+                except FormatError as error:
+                    decoded[key] = error
+
+        nbytes = sum([len(data) for data in stored.values() if not isinstance(data, Exception)])
+        threads = pool.THREADS if nbytes > _THREADED_NBYTES else 1
+        keys = list(missing)
+        pool.run_all(work, [part for i in range(threads) if (part := keys[i::threads])])
+        return {key: decoded[key] for key in keys}
 
     def _stored(self, missing: dict[PageKey, Segment]) -> dict[PageKey, memoryview | Exception]:
         """Get stored pages from what is kept of their segments, else from the storage."""
@@ -189,8 +248,7 @@ class Pages:
         return stored
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Query:
+class Query(NamedTuple):
     """Which entries to find: of a name, from step `low` to `high`; None: any."""
 
     name: str

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, NamedTuple
 
 import crc32c
 import numpy as np
@@ -22,10 +21,10 @@ from tensorstore_fmt.errors import FormatError
 from tensorstore_fmt.format import codec, layout
 from tensorstore_fmt.format.page import ENTRY_ROW, Entries
 from tensorstore_fmt.reading.entries import Page, Pages, Query
-from tensorstore_fmt.reading.view import Segment, Source, View
+from tensorstore_fmt.reading.view import MANY, Segment, Source, View
 from tensorstore_fmt.storage import Range, Storage
 
-__all__ = ["AtStep", "Located", "at_steps", "locate", "read_located"]
+__all__ = ["AtStep", "Located", "at_steps", "locate", "locate_all", "read_located"]
 
 _FIELDS: Final = {name: i for i, name in enumerate(ENTRY_ROW.names or ())}
 _CHUNK: Final = _FIELDS["chunk"]
@@ -43,8 +42,7 @@ _CRC32C: Final = _FIELDS["crc32c"]
 _MOST_NBYTES: Final = 1024 * 1024  # of a payload, raw; beyond, the plan costs little
 
 
-@dataclass(frozen=True, slots=True)
-class Located:
+class Located(NamedTuple):
     """One chunk that is all of a tensor at one step.
 
     Attributes
@@ -97,8 +95,7 @@ class Located:
         return dtypes.numpy_dtype(self.source.series.dtype)
 
 
-@dataclass(frozen=True, slots=True)
-class AtStep:
+class AtStep(NamedTuple):
     """The only source that can have a tensor at a step, and the only page."""
 
     source: Source
@@ -126,24 +123,31 @@ def at_steps(view: View, pages: Pages, queries: Sequence[Query]) -> list[AtStep 
     FormatError
         A page is damaged.
     """
-    places: list[tuple[Source, int]] = []
+    sources: list[Source] = []
     for query in queries:
-        place = _place(view, query)
-        if place is None:
+        source = _source(view, query)
+        if source is None:
             return [None] * len(queries)  # and one round for the pages of all
-        places.append(place)
-    needed: dict[tuple[layout.SegmentName, int], tuple[Segment, int]] = {
-        (source.segment.name, number): (source.segment, number) for source, number in places
+        sources.append(source)
+    steps = [query.low for query in queries]
+    numbers = _page_numbers(sources, steps)
+    if -1 in numbers:
+        return [None] * len(queries)
+    # By identity: names of segments are slow to hash, and there may be many questions.
+    keys = [(id(source.segment), number) for source, number in zip(sources, numbers, strict=True)]
+    needed: dict[tuple[int, int], tuple[Segment, int]] = {
+        key: (source.segment, key[1]) for key, source in zip(keys, sources, strict=True)
     }
     have = pages.get(list(needed.values()))
+    page = {key: have[segment.name, number] for key, (segment, number) in needed.items()}
     return [
-        AtStep(source, have[source.segment.name, number], query.low)
-        for query, (source, number) in zip(queries, places, strict=True)
+        AtStep(source, page[key], step)
+        for source, key, step in zip(sources, keys, steps, strict=True)
     ]
 
 
-def _place(view: View, query: Query) -> tuple[Source, int] | None:
-    """Give the only series and the only page that can hold a step, if both are."""
+def _source(view: View, query: Query) -> Source | None:
+    """Give the only series that can hold a step, if there is only one."""
     if query.low != query.high or not isinstance(query.name, str):
         return None
     found = None
@@ -161,39 +165,82 @@ def _place(view: View, query: Query) -> tuple[Source, int] | None:
         or not _is_simple(found)
     ):
         return None
-    numbers = found.segment.pages_of(found.row, query.low, query.low)
-    return (found, numbers[0]) if len(numbers) == 1 else None
+    return found
 
 
 def _is_simple(source: Source) -> bool:
     series = source.series
     if series.global_shape or series.dtype == dtypes.STRING:
         return False
-    return all(n > 0 for n in series.shape)  # none without elements, or with a length that varies
+    return min(series.shape, default=1) > 0  # neither without elements, nor of varying length
+
+
+def _page_numbers(sources: Sequence[Source], steps: Sequence[int]) -> list[int]:
+    """Give the root row of the only page that can hold each step, −1 if it is not the only one."""
+    if len(sources) < MANY:
+        pairs = zip(sources, steps, strict=True)
+        return [source.segment.only_page(source.row, step) for source, step in pairs]
+    numbers = [-1] * len(sources)
+    for which in _grouped([source.segment for source in sources]):
+        segment = sources[which[0]].segment
+        rows = [sources[i].row for i in which]
+        found = segment.only_pages(rows, [steps[i] for i in which])
+        for i, number in zip(which, found, strict=True):
+            numbers[i] = number
+    return numbers
+
+
+def _grouped(things: Sequence[object]) -> Iterable[list[int]]:
+    """Give the positions of each thing."""
+    groups: dict[int, list[int]] = {}
+    for i, thing in enumerate(things):
+        groups.setdefault(id(thing), []).append(i)
+    return groups.values()
 
 
 def locate(where: AtStep) -> Located | None:
     """Give the one chunk that is all of the tensor; None if there is no such chunk."""
-    source, page, step = where.source, where.page, where.step
-    series = source.series
-    if any(0 < g < n for n, g in zip(series.shape, series.grid, strict=True)):
+    if _is_cut_up(where.source):
         return None
-    which = page.rows_of(source.row, step, step)
-    if isinstance(which, slice):
-        at, n = which.start, which.stop - which.start
-    else:
-        at, n = int(which[0]), len(which)
-    if n != 1:
-        return None
-    row: tuple[Any, ...] = page.entries.rows[at].item()
-    inner, rest = divmod(step - row[_STEP], row[_STRIDE])
-    if row[_CHUNK] or rest or not 0 <= inner < row[_COUNT] or row[_CODEC] == layout.CODEC_DROPPED:
+    at = where.page.only_row(where.source.row, where.step)
+    return None if at < 0 else _located(where, at, where.page.entries.rows[at].item())
+
+
+def locate_all(wheres: Sequence[AtStep]) -> list[Located | None]:
+    """Do as `locate` for each, the searches together."""
+    located: list[Located | None] = [None] * len(wheres)
+    for which in _grouped([where.page for where in wheres]):
+        asked = [i for i in which if not _is_cut_up(wheres[i].source)]
+        page = wheres[which[0]].page
+        found = page.only_rows(
+            [wheres[i].source.row for i in asked], [wheres[i].step for i in asked]
+        )
+        rows = page.entries.rows[found].tolist()
+        for i, at, row in zip(asked, found, rows, strict=True):
+            if at >= 0:
+                located[i] = _located(wheres[i], at, row)
+    return located
+
+
+def _is_cut_up(source: Source) -> bool:
+    shape, grid = source.series.shape, source.series.grid
+    return shape != grid and any(0 < g < n for n, g in zip(shape, grid, strict=True))
+
+
+def _located(where: AtStep, at: int, row: tuple[Any, ...]) -> Located | None:
+    inner, rest = divmod(where.step - row[_STEP], row[_STRIDE])
+    count = row[_COUNT]
+    if row[_CHUNK] or rest or not 0 <= inner < count or row[_CODEC] == layout.CODEC_DROPPED:
         return None
     if row[_FLAGS] & layout.ENTRY_REPEAT:
-        inner = 0
-    found = Located.of(source, page.entries, at, inner=inner, shape=series.shape)
-    nbytes = math.prod(series.shape) * dtypes.itemsize(series.dtype)
-    return found if found.raw_nbytes == found.kept * nbytes else None
+        inner, count = 0, 1
+    series = where.source.series
+    if row[_RAW_NBYTES] != count * math.prod(series.shape) * dtypes.itemsize(series.dtype):
+        return None
+    return Located(
+        where.source, where.page.entries, at, row[_CODEC], row[_SHARD], row[_OFFSET],
+        row[_NBYTES], row[_RAW_NBYTES], row[_CRC32C], inner, count, series.shape,
+    )  # fmt: skip
 
 
 def read_located(storage: Storage, located: Located) -> NDArray[Any] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +22,11 @@ from tensorstore_fmt.reading.absence import absence, describe_query
 from tensorstore_fmt.reading.assembly import Assembly, assemble, choose
 from tensorstore_fmt.reading.entries import Query
 from tensorstore_fmt.reading.fetch import check_room, read_all
-from tensorstore_fmt.reading.locate import AtStep, at_steps, locate, read_located
+from tensorstore_fmt.reading.locate import AtStep, at_steps, locate, locate_all, read_located
 from tensorstore_fmt.reading.one_step import assemble_step
 from tensorstore_fmt.reading.selection import normalize
 from tensorstore_fmt.reading.session import Session
-from tensorstore_fmt.reading.steps import StepSet
+from tensorstore_fmt.reading.steps import StepSet, step_number
 from tensorstore_fmt.reading.timeline import Timeline, timelines
 from tensorstore_fmt.reading.view import View
 from tensorstore_fmt.reading.whole import read_whole
@@ -38,7 +38,7 @@ _NEARBY = 1 << 20
 _MOST_ALONE_NBYTES = 2 << 20
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Ask:
     """One result that a caller wants."""
 
@@ -46,6 +46,13 @@ class Ask:
     wanted: StepSet
     index: object = ()
     is_single: bool = False
+
+    @classmethod
+    def at(cls, name: str, step: SupportsIndex, index: object) -> Ask:
+        """Ask for one step of a name."""
+        number = step_number(step)
+        query = Query(name=name, low=number, high=number)
+        return cls(query, StepSet.one(number), index, is_single=True)
 
 
 def check_name(view: View, name: object) -> None:
@@ -133,18 +140,28 @@ def _at_steps(view: View, session: Session, asks: Sequence[Ask]) -> list[AtStep 
 def _read_located(
     session: Session, asks: Sequence[Ask], found: Sequence[AtStep | None]
 ) -> list[Any]:
-    """Read what lies in one chunk; None for what has to be planned."""
-    is_whole = [isinstance(ask.index, tuple) and not ask.index for ask in asks]
-    chunks = [
-        locate(where) if whole and where is not None else None
-        for whole, where in zip(is_whole, found, strict=True)
-    ]
-    if len(asks) == 1 and is_whole[0] and found[0] is not None and chunks[0] is None:
-        return [read_whole(session.storage, found[0])]
-    in_shards = sum([each.nbytes for each in chunks if each is not None and not each.is_inline])
-    if in_shards > _MOST_ALONE_NBYTES:  # neighbours are better read together, in threads
-        chunks = [each if each is not None and each.is_inline else None for each in chunks]
-    return [None if each is None else read_located(session.storage, each) for each in chunks]
+    """Read what makes up a whole tensor without a plan; None for what has to be planned."""
+    whole = {
+        i: where
+        for i, (ask, where) in enumerate(zip(asks, found, strict=True))
+        if where is not None and isinstance(ask.index, tuple) and not ask.index
+    }
+    values: list[Any] = [None] * len(asks)
+    if len(asks) == 1 and whole:
+        return [_read_one(session, whole[0])]
+    chunks = dict(zip(whole, locate_all(list(whole.values())), strict=True))
+    nbytes = sum([each.nbytes for each in chunks.values() if each and not each.is_inline])
+    for i, chunk in chunks.items():
+        # Neighbours are better read together, in threads, if they are many bytes.
+        if chunk is not None and (chunk.is_inline or nbytes <= _MOST_ALONE_NBYTES):
+            values[i] = read_located(session.storage, chunk)
+    return values
+
+
+def _read_one(session: Session, where: AtStep) -> NDArray[Any] | None:
+    chunk = locate(where)
+    value = None if chunk is None else read_located(session.storage, chunk)
+    return read_whole(session.storage, where) if value is None else value
 
 
 def _read_planned(

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from tensorstore_fmt.closeable import Closeable
 from tensorstore_fmt.errors import (
     AmbiguousError,
+    ArgumentError,
     FormatError,
     StepDroppedError,
     StepNotFoundError,
@@ -23,7 +24,7 @@ from tensorstore_fmt.errors import (
 from tensorstore_fmt.reading import display, follow, steptable, tables
 from tensorstore_fmt.reading.entries import Query
 from tensorstore_fmt.reading.modes import MODE_NAMES, mode_number
-from tensorstore_fmt.reading.reader import check_name, read
+from tensorstore_fmt.reading.reader import Ask, check_name, read
 from tensorstore_fmt.reading.selection import Index
 from tensorstore_fmt.reading.session import Session
 from tensorstore_fmt.reading.steps import step_number
@@ -339,15 +340,16 @@ class Run(Closeable):
         -------
         list
             One array, or `str`, for each.
+
+        Raises
+        ------
+        ArgumentError
+            An item is something else.
         """
-        session = self._session
-        return read(
-            session,
-            [
-                Tensor(session, Query(name=name)).ask(step=step, index=index)
-                for name, step, index in items
-            ],
-        )
+        for item in items:
+            if not isinstance(item, tuple | list) or len(item) != 3:  # type: ignore[redundant-expr]
+                raise ArgumentError(f"an item is (name, step, index), not {item!r:.100}")
+        return read(self._session, [Ask.at(name, step, index) for name, step, index in items])
 
     def table(self) -> pa.Table:
         """Give the index as an Arrow table.

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import SupportsIndex, TypeAlias
+from typing import NamedTuple, SupportsIndex, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +20,7 @@ Steps: TypeAlias = slice | Sequence[int] | NDArray[np.integer] | None
 """Step numbers: a half-open slice of them, exactly these, or None for all that were saved."""
 
 
-@dataclass(frozen=True, slots=True)
-class StepSet:
+class StepSet(NamedTuple):
     """Steps asked for: exactly some, or those that were saved among a range.
 
     Attributes
@@ -42,6 +40,11 @@ class StepSet:
     stride: int = 1
     exact: _I64 | None = None
     order: _I64 | None = None
+
+    @classmethod
+    def one(cls, number: int) -> StepSet:
+        """Give the set of one step."""
+        return cls(number, number, 1, np.array([number]))
 
     def has_all(self, saved: _I64) -> bool:
         """Say whether all of the saved steps, at least one, are meant."""
@@ -70,6 +73,8 @@ def step_number(step: SupportsIndex) -> int:
     ArgumentError
         It is no integer, or out of range.
     """
+    if type(step) is int and 0 <= step <= layout.MAX_STEP:  # as a rule
+        return step
     if isinstance(step, bool | np.bool_):
         raise ArgumentError(f"a step is an integer, not {step!r}", step=step)
     try:

@@ -123,6 +123,8 @@ class Tensor:
     def step_summary(self) -> tuple[int, int, int]:
         """How many steps were saved (informative), the first and the last; from the catalogs."""
         series = [s.series for s in self._sources]
+        if len(series) == 1:
+            return series[0].steps, series[0].first_step, series[0].last_step
         return (
             sum(s.steps for s in series),
             min(s.first_step for s in series),
@@ -148,7 +150,7 @@ class Tensor:
             Several workers or modes saved it.
         """
         number = step_number(step)
-        wanted = StepSet(number, number, exact=np.array([number]))
+        wanted = StepSet.one(number)
 
         def work(view: View) -> tuple[int, ...]:
             check_name(view, self.name)
@@ -264,7 +266,7 @@ class Tensor:
         if steps is not None:
             raise ArgumentError("give step= or steps=, not both")
         number = step_number(step)
-        wanted = StepSet(number, number, exact=np.array([number]))
+        wanted = StepSet.one(number)
         return Ask(query=self._narrow(number, number), wanted=wanted, index=index, is_single=True)
 
     def at(
@@ -372,11 +374,15 @@ class Tensor:
     # --- sources ------------------------------------------------------------------
     def _sources_of(self, kind: int) -> list[Source]:
         view = self._session.view
-        check_name(view, self.name)
         query = self._query
+        sources = view.sources(self.name, kind)
+        if not sources:
+            check_name(view, self.name)
+        if query.mode is query.worker is query.attempt is None:
+            return list(sources)
         return [
             s
-            for s in view.sources(self.name, kind)
+            for s in sources
             if query.mode in (None, s.series.mode)
             and query.worker in (None, s.worker)
             and query.attempt in (None, s.attempt)

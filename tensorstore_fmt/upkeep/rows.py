@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -61,7 +61,7 @@ class Part:
         np.add.at(sums["raw_nbytes"], number, rows["raw_nbytes"].astype(np.int64) * repeats)
         np.add.at(sums["stored_nbytes"], number, rows["nbytes"].astype(np.int64))
         series = [
-            replace(self.series[n], **{key: int(sums[key][i]) for key in SUMS})
+            self.series[n]._replace(**{key: int(sums[key][i]) for key in SUMS})
             for i, n in enumerate(used.tolist())
         ]
         rows["series"] = number
@@ -181,7 +181,7 @@ def part_of_rows(rows: Sequence[dict[str, Any]]) -> Part:
         if known.shape != series.shape:
             pairs = zip(known.shape, series.shape, strict=True)
             shape = tuple(m if m == n else -1 for m, n in pairs)
-            shapes[series.identity] = replace(known, shape=shape)
+            shapes[series.identity] = known._replace(shape=shape)
         end = row["offset"] + row["nbytes"]
         ends[row["shard"]] = max(end, ends.get(row["shard"], 0))
     catalog = list(shapes.values())

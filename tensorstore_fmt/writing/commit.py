@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 import crc32c
@@ -240,7 +240,7 @@ def _catalog(entries: Sequence[PendingEntry]) -> tuple[list[Series], np.ndarray]
             shape = tuple(
                 m if m == n else -1 for m, n in zip(known.shape, series.shape, strict=True)
             )
-            catalog[series.identity] = replace(known, shape=shape)
+            catalog[series.identity] = known._replace(shape=shape)
         elif known is None:
             catalog[series.identity] = series
     ordered = sorted(catalog.items())

@@ -82,7 +82,7 @@ def path_of(build: RunBuilder, name: layout.SegmentName) -> Path:
 
 def changed(**values: Any) -> Change:
     """Change fields of the first series."""
-    return lambda series: [replace(series[0], **values), *series[1:]]
+    return lambda series: [series[0]._replace(**values), *series[1:]]
 
 
 # --- entries ----------------------------------------------------------------------------
