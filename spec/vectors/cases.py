@@ -146,6 +146,7 @@ class Writer:
         *,
         codec: int | Mapping[int, int] = payloads.RAW,
         rotated: bool = False,
+        wide: bool = False,
         shard: Shard | None = None,
         is_repeat: bool = False,
         has_digest: bool = False,
@@ -174,7 +175,7 @@ class Writer:
             size = ITEMSIZE.get(series.dtype, 0)
             payload = payloads.encode(
                 which, raw, itemsize=size, word=size // 2 if "complex" in series.dtype else size,
-                rows=1 if is_repeat else len(steps), rotated=rotated,
+                rows=1 if is_repeat else len(steps), rotated=rotated, wide=wide,
             )  # fmt: skip
             entry = self._entry(
                 series, steps, payload, chunk=number, codec=which, raw_nbytes=len(raw),

@@ -8,7 +8,7 @@ import numpy as np
 from build import noise
 from cases import ITEMSIZE, RunCase, S, Value
 from numpy.typing import NDArray
-from payloads import CONSTANT, DELTA, PLANES, RAW, ZSTD
+from payloads import CONSTANT, DELTA, PLANES, RAW, SPARSE, ZSTD
 
 F32 = NDArray[np.float32]
 
@@ -43,6 +43,8 @@ def cases() -> Iterator[RunCase]:
     yield _chunks()
     yield _codecs()
     yield _planes()
+    yield _wide()
+    yield _sparse()
     yield _steps_in_a_chunk()
     yield _repeat()
     yield _reuse()
@@ -275,13 +277,77 @@ def _planes() -> RunCase:
     return run
 
 
+def _wide() -> RunCase:
+    run = RunCase("codec-wide", "Planes of two bytes of each word: raw, constant and zstd ones.")
+    writer = run.writer()
+    shard = writer.shard()
+    for dtype in ("int32", "uint32", "int64", "uint64", "float32", "complex128"):
+        size = ITEMSIZE[dtype]
+        word = size // 2 if dtype.startswith("complex") else size
+        n = 60 * size // word
+        pairs = np.frombuffer(noise(f"wide {dtype}", n * word), "<u2").reshape(n, -1).copy()
+        pairs[:, -1] &= 0x8003  # is a frame; or constant, as most of token numbers
+        if word > 4:
+            pairs[:, 1:3] = 0
+        value = pairs.reshape(-1).view(f"V{size}")
+        for rotated in (False, True):
+            series = S(f"{dtype}/{'rotated' if rotated else 'plain'}", dtype, (60,))
+            writer.save(
+                series, [1], [value], codec=PLANES, rotated=rotated, wide=True, shard=shard
+            )  # fmt: skip
+    tokens = np.tile(np.array([101, 30522, 7592, 102, 0, 0], "<i8"), 40)
+    writer.save(
+        S("tokens", "int64", (240,)), [1], [tokens], codec=PLANES, wide=True, shard=shard
+    )  # fmt: skip
+    writer.save(S("one", "int32", (1,)), [1], [tokens[:1].astype("<i4")], codec=PLANES, wide=True)
+    writer.publish(is_closed=True)
+    run.ask("tokens", 1, tokens[5:9], dtype="int64", index=[(5, 9, None)])
+    return run
+
+
+def _sparse() -> RunCase:
+    run = RunCase(
+        "codec-sparse",
+        "Words that are 0 left out, planes and maps stored in each way; lengths that fill no byte.",
+    )
+    writer = run.writer()
+    shard = writer.shard()
+    for dtype in ("bool", "uint8", "int16", "float16", "bfloat16", "float32", "float64", "int64",
+                  "complex64", "complex128"):  # fmt: skip
+        size = ITEMSIZE[dtype]
+        word = size // 2 if dtype.startswith("complex") else size
+        length = 131
+        n = length * size // word
+        words = np.frombuffer(noise(f"sparse {dtype}", n * word), "u1").reshape(n, word).copy()
+        words[:, -1] &= 0x83  # signs, few exponents
+        words[np.frombuffer(noise(f"zeros {dtype}", n), "u1") < 150] = 0
+        if dtype == "bool":
+            words = (words != 0).astype("u1")
+        value = words.reshape(-1).view(f"V{size}")
+        for rotated in (False, True):
+            name = f"{dtype}/{'rotated' if rotated else 'plain'}"
+            writer.save(
+                S(name, dtype, (length,)), [1], [value], codec=SPARSE, rotated=rotated, shard=shard
+            )
+    runs = np.repeat(f32(0, 3, 0, -0.0), 200)
+    writer.save(S("map-is-a-frame", shape=(800,)), [1], [runs], codec=SPARSE, shard=shard)
+    full, one = smooth((64,), 1) + 1, f32(0, 0, 0, 0, 0, 0, 0, 0, 0, 2.5, 0)
+    writer.save(S("nothing-left-out", shape=(64,)), [1], [full], codec=SPARSE, rotated=True)
+    writer.save(S("one-is-there", shape=(11,)), [1], [one], codec=SPARSE, rotated=True)
+    writer.save(S("none-is-there", shape=(11,)), [1], [0 * one], codec=SPARSE)
+    writer.publish(is_closed=True)
+    run.ask("float32/plain", 1, np.zeros(0, "<f4"), index=[(40, 40, None)])
+    run.ask("map-is-a-frame", 1, runs[199:403], index=[(199, 403, None)])
+    return run
+
+
 def _steps_in_a_chunk() -> RunCase:
     run = RunCase("steps-in-a-chunk", "Chunks that hold several steps, with a stride, per codec.")
     writer = run.writer()
     shard = writer.shard()
     steps = [100, 105, 110, 115]
     values: list[Value] = [smooth((6, 4), i) for i in range(4)]
-    for name, codec in (("raw", RAW), ("zstd", ZSTD), ("planes", PLANES)):
+    for name, codec in (("raw", RAW), ("zstd", ZSTD), ("planes", PLANES), ("sparse", SPARSE)):
         series = S(name, shape=(6, 4))
         writer.save(series, steps, values, codec=codec, rotated=True, shard=shard)
         writer.save(series, [120], values[:1], codec=codec)

@@ -12,7 +12,7 @@ from build import noise
 from cases import FileCase, RunCase, S
 from cases_damage import flip
 from cases_index import f64
-from payloads import CONSTANT, DELTA, PLANES, RAW, ZSTD
+from payloads import CONSTANT, DELTA, PLANES, RAW, SPARSE, ZSTD
 
 
 def cases() -> Iterator[FileCase]:
@@ -21,6 +21,7 @@ def cases() -> Iterator[FileCase]:
     yield from _run_jsons()
     yield from _payloads()
     yield from _planes()
+    yield from _sparse()
     yield from _strings()
 
 
@@ -185,7 +186,7 @@ def _payloads() -> Iterator[FileCase]:
         "limit-raw-nbytes", "A chunk of 2^27 + 8 bytes.", "limit", raw[:8], codec=CONSTANT,
         dtype="int64", raw_nbytes=2**27 + 8,
     )  # fmt: skip
-    for codec in (5, 254):
+    for codec in (6, 254):
         yield _payload(
             f"codec-{codec}", f"Codec {codec}.", "unknown_codec", raw, codec=codec, dtype="int8",
             raw_nbytes=128,
@@ -231,8 +232,62 @@ def _planes() -> Iterator[FileCase]:
         yield _payload(
             f"planes-{title}", about, "malformed", data, codec=PLANES, dtype="int16", raw_nbytes=80
         )
+    wide = noise("wide", 80)  # 20 words of 4 bytes, in two planes
+    for title, about, data in (
+        ("lengths", "As many lengths as bytes of a word.", header(2, 4, 0, 40, 40, 0, 0) + wide),
+        ("length-less", "A plane of a byte of each word.", header(2, 4, 0, 20, 40) + wide[:60]),
+        ("reserved-flag", "A reserved flag beside wide.", header(6, 4, 0, 40, 40) + wide),
+        ("frame-size", "A frame of a byte of each word.",
+         payloads.planes_of([wide[:40], payloads.zstd(bytes(20))], rotated=False, wide=True)),
+    ):  # fmt: skip
+        yield _payload(
+            f"wide-{title}", about, "malformed", data, codec=PLANES, dtype="int32", raw_nbytes=80
+        )
     yield _payload(
         "planes-string", "Strings in planes.", "malformed", good, codec=PLANES, dtype="string",
+        raw_nbytes=80,
+    )  # fmt: skip
+
+
+def _sparse() -> Iterator[FileCase]:
+    left = noise("left", 20)
+    bits = b"\x55" * 5  # of 40 words, every second one stays
+    good = payloads.sparse_of([left, b"\x07"], bits, rotated=False)
+
+    def header(flags: int, width: int, reserved: int, *lengths: int) -> bytes:
+        return struct.pack(f"<BBH{len(lengths)}I", flags, width, reserved, *lengths)
+
+    body = left + b"\x07" + bits
+    frame = payloads.zstd(bytes(20))
+    for title, about, data in (
+        ("flags", "A reserved flag.", header(2, 2, 0, 20, 1, 5) + body),
+        ("width", "Words of 4 bytes for a dtype of 2.", header(0, 4, 0, 20, 1, 0, 0, 5) + body),
+        ("reserved", "A reserved byte.", header(0, 2, 1, 20, 1, 5) + body),
+        ("length-zero", "A plane of 0 bytes.", header(0, 2, 0, 20, 0, 5) + left + bits),
+        ("length-of-all", "A plane of all words, not of those that stay.",
+         payloads.sparse_of([noise("all", 40), b"\x07"], bits, rotated=False)),
+        ("length-less", "A plane of fewer words than stay.",
+         payloads.sparse_of([left[1:], b"\x07"], bits, rotated=False)),
+        ("map-zero", "A map of 0 bytes.", header(0, 2, 0, 20, 1, 0) + left + b"\x07"),
+        ("map-short", "A map of fewer words.",
+         payloads.sparse_of([left, b"\x07"], bits[1:], rotated=False)),
+        ("map-long", "A map of more words.",
+         payloads.sparse_of([left, b"\x07"], bits + b"\0", rotated=False)),
+        ("map-frame-size", "A map in a frame of another length.",
+         payloads.sparse_of([left, b"\x07"], frame, rotated=False)),
+        ("frame-size", "A plane in a frame of all words.",
+         payloads.sparse_of([left, payloads.zstd(bytes(40))], bits, rotated=False)),
+        ("none-but-planes", "No word stays, but there is a plane.",
+         payloads.sparse_of([left, b""], b"\0", rotated=False)),
+        ("trailing", "Bytes behind the map.", good + b"\0"),
+        ("cut", "The last byte is missing.", good[:-1]),
+        ("cut-header", "Cut within the lengths.", good[:13]),
+    ):  # fmt: skip
+        yield _payload(
+            f"sparse-{title}", about, "malformed", data, codec=SPARSE, dtype="int16", raw_nbytes=80
+        )
+    yield _payload(
+        "sparse-string", "Strings, sparse.", "malformed", good, codec=SPARSE, dtype="string",
         raw_nbytes=80,
     )  # fmt: skip
 

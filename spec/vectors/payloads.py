@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import zstandard
 
-RAW, CONSTANT, ZSTD, PLANES, DELTA, DROPPED = 0, 1, 2, 3, 4, 255
+RAW, CONSTANT, ZSTD, PLANES, DELTA, SPARSE, DROPPED = 0, 1, 2, 3, 4, 5, 255
 
 
 def zstd(content: bytes, *, level: int = 3, with_size: bool = True) -> bytes:
@@ -17,22 +17,52 @@ def zstd(content: bytes, *, level: int = 3, with_size: bool = True) -> bytes:
     return compressor.compress(content)
 
 
-def planes(raw: bytes, width: int, *, rotated: bool) -> bytes:
+def planes(raw: bytes, width: int, *, rotated: bool, wide: bool = False) -> bytes:
     """Give the planes payload of words of `width` bytes; each plane stored as is shortest."""
-    stored = []
-    for plane in split(raw, width, rotated=rotated):
-        frame = zstd(plane)
-        if len(set(plane)) == 1:
-            stored.append(plane[:1])
-        else:
-            stored.append(frame if 1 < len(frame) < len(plane) else plane)
-    return planes_of(stored, rotated=rotated)
+    cut = split(raw, width, rotated=rotated)
+    if wide:
+        pairs = zip(cut[::2], cut[1::2], strict=True)
+        cut = [bytes(byte for both in zip(*pair, strict=True) for byte in both) for pair in pairs]
+    return planes_of(map(shortest, cut), rotated=rotated, wide=wide)
 
 
-def planes_of(stored: Sequence[bytes], *, rotated: bool) -> bytes:
+def planes_of(stored: Iterable[bytes], *, rotated: bool, wide: bool = False) -> bytes:
     """Give a planes payload of planes that are stored already."""
-    head = struct.pack(f"<BBH{len(stored)}I", int(rotated), len(stored), 0, *map(len, stored))
-    return head + b"".join(stored)
+    runs = list(stored)
+    flags, width = rotated + 2 * wide, len(runs) * (2 if wide else 1)
+    head = struct.pack(f"<BBH{len(runs)}I", flags, width, 0, *map(len, runs))
+    return head + b"".join(runs)
+
+
+def sparse(raw: bytes, width: int, *, rotated: bool) -> bytes:
+    """Give the sparse payload of words of `width` bytes."""
+    words = [raw[i : i + width] for i in range(0, len(raw), width)]
+    left = b"".join(word for word in words if any(word))
+    stored = map(shortest, split(left, width, rotated=rotated))
+    return sparse_of(stored, shortest(map_of(words)), rotated=rotated)
+
+
+def sparse_of(stored: Iterable[bytes], bits: bytes, *, rotated: bool) -> bytes:
+    """Give a sparse payload of planes and a map that are stored already."""
+    runs = [*stored, bits]
+    head = struct.pack(f"<BBH{len(runs)}I", int(rotated), len(runs) - 1, 0, *map(len, runs))
+    return head + b"".join(runs)
+
+
+def map_of(words: Sequence[bytes]) -> bytes:
+    """Give a bit for each word, set if the word is not 0."""
+    bits = [any(word) for word in words] + [False] * (-len(words) % 8)
+    return bytes(
+        sum(bit << i for i, bit in enumerate(bits[at : at + 8])) for at in range(0, len(bits), 8)
+    )
+
+
+def shortest(plane: bytes) -> bytes:
+    """Store a plane as is shortest."""
+    if len(set(plane)) == 1:
+        return plane[:1]
+    frame = zstd(plane)
+    return frame if 1 < len(frame) < len(plane) else plane
 
 
 def split(raw: bytes, width: int, *, rotated: bool) -> list[bytes]:
@@ -61,7 +91,9 @@ def strings(texts: Sequence[str]) -> bytes:
     return struct.pack(f"<{len(offsets)}I", *offsets.tolist()) + b"".join(encoded)
 
 
-def encode(codec: int, raw: bytes, *, itemsize: int, word: int, rows: int, rotated: bool) -> bytes:
+def encode(
+    codec: int, raw: bytes, *, itemsize: int, word: int, rows: int, rotated: bool, wide: bool
+) -> bytes:
     """Encode a raw chunk with the codec asked for."""
     if codec == RAW:
         return raw
@@ -72,5 +104,7 @@ def encode(codec: int, raw: bytes, *, itemsize: int, word: int, rows: int, rotat
     if codec == ZSTD:
         return zstd(raw)
     if codec == PLANES:
-        return planes(raw, word, rotated=rotated)
+        return planes(raw, word, rotated=rotated, wide=wide)
+    if codec == SPARSE:
+        return sparse(raw, word, rotated=rotated)
     return delta(raw, rows)

@@ -37,7 +37,7 @@ Compression = Literal["auto", "none", "zstd"]
 
 _Bytes = NDArray[np.uint8]
 
-_PLANES_HEADS: Final = {w: struct.Struct(f"<BBH{w}I") for w in (1, 2, 4, 8)}
+_HEADS: Final = {n: struct.Struct(f"<BBH{n}I") for n in (1, 2, 3, 4, 5, 8, 9)}  # n lengths
 _U64: Final = np.dtype("<u8")
 _ZSTD_MAGIC: Final = b"\x28\xb5\x2f\xfd"
 _MAX_WINDOW_NBYTES: Final = layout.MAX_CHUNK_RAW_NBYTES
@@ -89,7 +89,8 @@ class Encoder:
     ----------
     compression
         ``auto`` looks for constant chunks and else stores what a sample says pays: raw,
-        one zstd frame, or planes. ``zstd`` always tries zstd level 3, ``none`` stores raw.
+        one zstd frame, planes, or planes without zeros (sparse). ``zstd`` always tries zstd
+        level 3, ``none`` stores raw.
     empty
         Where blocks of memory come from, for planes that are stored as they are. What gives
         memory that was used before saves much of the time: fresh pages cost more than filling them.
@@ -160,7 +161,9 @@ class Encoder:
 
     def _follow(self, raw: _Bytes, choice: sampling.Choice) -> Encoded:
         if choice.codec == layout.CODEC_PLANES:
-            return self._encode_planes(raw, choice.settings, rotated=choice.rotated)
+            return self._encode_planes(raw, choice.settings, choice.flags)
+        if choice.codec == layout.CODEC_SPARSE:
+            return self._encode_sparse(raw, choice.settings, choice.flags)
         if choice.codec == layout.CODEC_ZSTD:
             return self._encode_whole(raw, choice.settings[0])
         return _encoded(layout.CODEC_RAW, raw.data)
@@ -171,28 +174,67 @@ class Encoder:
             return _encoded(layout.CODEC_RAW, raw.data)
         return _encoded(layout.CODEC_ZSTD, frame)
 
-    def _encode_planes(self, raw: _Bytes, settings: tuple[int, ...], *, rotated: bool) -> Encoded:
-        w = len(settings)
-        n = raw.nbytes // w
+    def _encode_planes(self, raw: _Bytes, settings: Sequence[int], flags: int) -> Encoded:
+        head, first, lengths, stored = self._cut(raw, settings, len(settings), flags)
+        if head.size + sum(lengths) >= raw.nbytes:
+            return _encoded(layout.CODEC_RAW, raw.data)
+        w = len(settings) * (2 if flags & layout.PLANES_WIDE else 1)
+        head.pack_into(first.data, 0, flags, w, 0, *lengths)
+        self._used += -(-len(first) // 64) * 64
+        return _encoded(layout.CODEC_PLANES, first.data, *stored)
+
+    def _encode_sparse(self, raw: _Bytes, settings: Sequence[int], flags: int) -> Encoded:
+        *of_planes, of_map = settings
+        w = len(of_planes)
+        words = raw.view(planes.WORDS[w])
+        is_there = words != 0
+        if w == 1 and not flags and np.array_equal(is_there.view(np.uint8), raw):  # only ones
+            head = _HEADS[2]
+            first, lengths, stored = self._room(head.size), [1], [b"\1"]
+        else:
+            left = words[is_there].view(np.uint8)
+            head, first, lengths, stored = self._cut(left, of_planes, w + 1, flags)
+        stored.append(self._encode_plane(np.packbits(is_there, bitorder="little"), of_map))
+        lengths.append(len(stored[-1]))
+        if head.size + sum(lengths) >= raw.nbytes:
+            return _encoded(layout.CODEC_RAW, raw.data)
+        head.pack_into(first.data, 0, flags, w, 0, *lengths)
+        self._used += -(-len(first) // 64) * 64
+        return _encoded(layout.CODEC_SPARSE, first.data, *stored)
+
+    def _cut(
+        self, raw: _Bytes, settings: Sequence[int], nlengths: int, flags: int
+    ) -> tuple[struct.Struct, _Bytes, list[int], list[bytes]]:
+        """Cut words into planes.
+
+        Returns
+        -------
+        head
+            The form of a header with so many lengths.
+        first
+            Room for it, and behind it the first planes, stored as they are.
+        lengths, stored
+            The stored length of each plane, and those that are not in `first`.
+        """
+        count = len(settings)
+        n = raw.nbytes // count
         # Planes that are stored as they are come first, as a rule: they are cut into their place.
-        leading = next((i for i, setting in enumerate(settings) if setting), w)
-        head = layout.PLANES_HEADER_NBYTES + 4 * w
-        first = self._room(head + leading * n)
-        scratch = self._scratch_of((w - leading) * n)
-        cut = [first[head + i * n : head + (i + 1) * n] for i in range(leading)]
-        cut += [scratch[i * n : (i + 1) * n] for i in range(w - leading)]
-        planes.split(raw, cut, rotated=rotated)
+        leading = next((i for i, setting in enumerate(settings) if setting), count)
+        head = _HEADS[nlengths]
+        at = head.size
+        first = self._room(at + leading * n)
+        scratch = self._scratch_of((count - leading) * n)
+        cut = [first[at + i * n : at + (i + 1) * n] for i in range(leading)]
+        cut += [scratch[i * n : (i + 1) * n] for i in range(count - leading)]
+        if flags & layout.PLANES_WIDE:
+            planes.split_wide(raw, cut)
+        else:
+            planes.split(raw, cut, rotated=bool(flags & layout.PLANES_ROTATED))
         stored = [
             self._encode_plane(plane, setting)
             for plane, setting in zip(cut[leading:], settings[leading:], strict=True)
         ]
-        lengths = [n] * leading + [len(each) for each in stored]
-        if head + sum(lengths) >= raw.nbytes:
-            return _encoded(layout.CODEC_RAW, raw.data)
-        flags = layout.PLANES_ROTATED if rotated else 0
-        _PLANES_HEADS[w].pack_into(first.data, 0, flags, w, 0, *lengths)
-        self._used += -(-len(first) // 64) * 64
-        return _encoded(layout.CODEC_PLANES, first.data, *stored)
+        return head, first, [n] * leading + [len(each) for each in stored], stored
 
     def _encode_plane(self, plane: _Bytes, setting: int) -> bytes:
         if setting == sampling.RAW:
@@ -342,6 +384,8 @@ def decode(
         out[:] = _decompress(data, nbytes)
     elif codec == layout.CODEC_PLANES:
         _decode_planes(data, out, dtypes.word_nbytes(dtype), span or (0, nbytes))
+    elif codec == layout.CODEC_SPARSE:
+        _decode_sparse(data, out, dtypes.word_nbytes(dtype), span or (0, nbytes))
     else:
         _decode_delta(data, out, dtype, rows)
 
@@ -357,39 +401,102 @@ def _decode_constant(data: memoryview, out: _Bytes, size: int) -> None:
 
 
 def _decode_planes(data: memoryview, out: _Bytes, w: int, span: tuple[int, int]) -> None:
-    if w == 0:
-        raise _malformed("strings cannot have the codec planes")
-    head = layout.PLANES_HEADER_NBYTES + 4 * w
-    if len(data) < head:
-        raise _malformed(f"planes payload has {len(data)} bytes, its header needs {head}")
-    flags, stored_w, reserved, *lengths = _PLANES_HEADS[w].unpack_from(data)
-    if flags & ~layout.PLANES_ROTATED or reserved:
-        raise _malformed("planes payload has a reserved bit that is not zero")
-    if stored_w != w:
-        raise _malformed(f"planes payload has words of {stored_w} bytes, the dtype of {w}")
-    if head + sum(lengths) != len(data):
-        raise _malformed(
-            f"planes payload has {len(data)} bytes, its header says {head + sum(lengths)}"
-        )
+    known = layout.PLANES_ROTATED | layout.PLANES_WIDE if w >= 4 else layout.PLANES_ROTATED
+    unit = 2 if data[:1] and data[0] & known & layout.PLANES_WIDE else 1  # bytes of a word
+    rotated, cut_at, lengths = _head(data, w, "planes", w // unit, known)
+    cut = _planes(data[cut_at:], lengths, len(out) // w * unit)
+    if span != (0, len(out)):
+        first, last = span[0] // w, -(-span[1] // w)
+        cut = [plane if len(plane) == 1 else plane[first * unit : last * unit] for plane in cut]
+        out = out[first * w : last * w]
+    if unit == 2:
+        planes.join_wide(cut, out, rotated=rotated)
+    else:
+        planes.join(cut, out, rotated=rotated)
+
+
+def _decode_sparse(data: memoryview, out: _Bytes, w: int, span: tuple[int, int]) -> None:
+    rotated, at, lengths = _head(data, w, "sparse", w + 1, layout.PLANES_ROTATED)
     n = len(out) // w
+    bits = data[len(data) - lengths.pop() :]
+    (bits,) = _planes(bits, [len(bits)], -(-n // 8))
+    packed = np.frombuffer(bits, np.uint8)
+    if len(packed) == 1:
+        packed = packed.repeat(-(-n // 8))
+    is_there = np.unpackbits(packed, count=n, bitorder="little").view(np.bool_)
+    cut = _planes(data[at:], lengths, int(np.count_nonzero(is_there)))
+    if span != (0, len(out)):
+        first, last = span[0] // w, -(-span[1] // w)
+        begin = int(np.count_nonzero(is_there[:first]))
+        is_there = is_there[first:last]
+        end = begin + int(np.count_nonzero(is_there))
+        cut = [plane if len(plane) == 1 else plane[begin:end] for plane in cut]
+        out = out[first * w : last * w]
+    words = out.view(planes.WORDS[w])
+    n_there = int(np.count_nonzero(is_there))
+    if n_there == 0:
+        out[:] = 0
+        return
+    if max(map(len, cut)) == 1:  # masks: all that is there is the same
+        one = np.empty(w, np.uint8)
+        planes.join(cut, one, rotated=rotated)
+        np.multiply(is_there, one.view(words.dtype), out=words)
+        return
+    left = np.empty(w * n_there, np.uint8)
+    planes.join(cut, left, rotated=rotated)
+    words[:] = 0
+    words[is_there] = left.view(words.dtype)
+
+
+def _head(
+    data: memoryview, w: int, codec: str, nlengths: int, known: int
+) -> tuple[bool, int, list[int]]:
+    """Check a header with so many lengths.
+
+    Returns
+    -------
+    rotated
+        Whether words are.
+    end
+        Of the header.
+    lengths
+        As stored.
+    """
+    if w == 0:
+        raise _malformed(f"strings cannot have the codec {codec}")
+    head = _HEADS[nlengths]
+    if len(data) < head.size:
+        raise _malformed(f"{codec} payload has {len(data)} bytes, its header needs {head.size}")
+    flags, stored_w, reserved, *lengths = head.unpack_from(data)
+    if flags & ~known or reserved:
+        raise _malformed(f"{codec} payload has a reserved bit that is not zero")
+    if stored_w != w:
+        raise _malformed(f"{codec} payload has words of {stored_w} bytes, the dtype of {w}")
+    if head.size + sum(lengths) != len(data):
+        raise _malformed(
+            f"{codec} payload has {len(data)} bytes, its header says {head.size + sum(lengths)}"
+        )
+    return bool(flags & layout.PLANES_ROTATED), head.size, lengths
+
+
+def _planes(data: memoryview, lengths: Sequence[int], n: int) -> list[memoryview]:
+    """Give planes of n bytes, or of one that stands for all, that lie behind each other."""
     cut: list[memoryview] = []
     frames: list[int] = []
-    at = head
+    at = 0
     # All frames are checked before the first is decompressed.
     for i, length in enumerate(lengths):
         run = data[at : at + length]
         at += length
         if length not in (1, n):
+            if not 0 < length < n:
+                raise _malformed(f"a plane of {n} bytes cannot be stored in {length}")
             _check_frame(run, n)
             frames.append(i)
-        cut.append(run)
+        cut += (run,)
     for i in frames:
         cut[i] = _decompress(cut[i], n)
-    if span != (0, len(out)):
-        first, last = span[0] // w, -(-span[1] // w)
-        cut = [plane if len(plane) == 1 else plane[first:last] for plane in cut]
-        out = out[first * w : last * w]
-    planes.join(cut, out, rotated=bool(flags & layout.PLANES_ROTATED))
+    return cut
 
 
 def _decode_delta(data: memoryview, out: _Bytes, dtype: str, rows: int) -> None:

@@ -68,6 +68,7 @@ CODEC_CONSTANT: Final = 1
 CODEC_ZSTD: Final = 2
 CODEC_PLANES: Final = 3
 CODEC_DELTA: Final = 4
+CODEC_SPARSE: Final = 5
 CODEC_DROPPED: Final = 255
 CODEC_NAMES: Final = {
     CODEC_RAW: "raw",
@@ -75,6 +76,7 @@ CODEC_NAMES: Final = {
     CODEC_ZSTD: "zstd",
     CODEC_PLANES: "planes",
     CODEC_DELTA: "delta",
+    CODEC_SPARSE: "sparse",
     CODEC_DROPPED: "dropped",
 }
 
@@ -83,6 +85,7 @@ ENTRY_HAS_DIGEST: Final = 2
 INLINE_SHARD: Final = 0xFFFFFFFF
 
 PLANES_ROTATED: Final = 1
+PLANES_WIDE: Final = 2
 PLANES_HEADER_NBYTES: Final = 4
 
 STATS_FIELDS: Final = (

@@ -1,7 +1,7 @@
 """Byte planes: cut words into planes and put them together again (spec, "planes").
 
-Two functions, `split` and `join`, that read and write buffers of the caller and keep
-nothing. The compiled kernel does the work if there is one, else NumPy, in blocks that stay in
+Functions that read and write buffers of the caller and keep nothing. The compiled kernel does
+the work if there is one, else NumPy, in blocks that stay in
 cache: in large blocks a word is halved by a truncating cast and a shift until bytes are left,
 because strided copies of single bytes run at half that speed; in small ones those win, being
 fewer calls.
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from tensorstore_fmt.format import kernel
 
-__all__ = ["BLOCK_NBYTES", "Bytes", "join", "split"]
+__all__ = ["BLOCK_NBYTES", "WORDS", "Bytes", "join", "join_wide", "split", "split_wide"]
 
 Bytes = NDArray[np.uint8]
 """One-dimensional bytes."""
@@ -29,8 +29,8 @@ BLOCK_NBYTES: Final = 256 * 1024
 _STRIDED_NBYTES: Final = {1: 0, 2: 8192, 4: 32768, 8: 131072}
 """Blocks up to this are copied byte by byte, by the width of their words (measured)."""
 
-# Explicitly little-endian: the spec's words, whatever the machine.
-_WORDS: Final = {w: np.dtype(f"<u{w}") for w in (1, 2, 4, 8)}
+WORDS: Final = {w: np.dtype(f"<u{w}") for w in (1, 2, 4, 8)}
+"""Words by their bytes; little-endian as in the spec, whatever the machine."""
 
 
 class _Scratch(threading.local):
@@ -45,10 +45,38 @@ class _Scratch(threading.local):
         if buffer is None:
             # Wider words are cut first, so narrower buffers hold as many, smaller words.
             buffer = self._buffers[w, slot] = np.empty(BLOCK_NBYTES, np.uint8)
-        return buffer[: n * w].view(_WORDS[w])
+        return buffer[: n * w].view(WORDS[w])
 
 
 _scratch: Final = _Scratch()
+
+
+def split_wide(raw: Bytes, planes: Sequence[Bytes]) -> None:
+    """Write bytes 2·i and 2·i + 1 of every word to plane i.
+
+    Parameters
+    ----------
+    raw
+        n words of w bytes, contiguous; not changed.
+    planes
+        w ∕ 2 buffers of 2·n bytes each, overwritten; they may not overlap `raw` or each other.
+    """
+    halves = raw.view(WORDS[2])
+    for i, plane in enumerate(planes):
+        np.copyto(plane.view(WORDS[2]), halves[i :: len(planes)])
+
+
+def join_wide(planes: Sequence[Bytes | memoryview], out: Bytes, *, rotated: bool) -> None:
+    """Undo `split_wide`; as `join`."""
+    halves = out.view(WORDS[2])
+    for i, plane in enumerate(planes):
+        stored = np.frombuffer(plane, np.uint8)
+        if len(stored) == 1:
+            stored = stored.repeat(2)
+        halves[i :: len(planes)] = stored.view(WORDS[2])
+    if rotated:
+        words = out.view(WORDS[2 * len(planes)])
+        np.bitwise_or(words >> 1, words << (16 * len(planes) - 1), out=words)
 
 
 def split(raw: Bytes, planes: Sequence[Bytes], *, rotated: bool) -> None:
@@ -71,7 +99,7 @@ def split(raw: Bytes, planes: Sequence[Bytes], *, rotated: bool) -> None:
     if w == 1 and not rotated:
         np.copyto(planes[0], raw)
         return
-    words = raw.view(_WORDS[w])
+    words = raw.view(WORDS[w])
     per_block = BLOCK_NBYTES // w
     for start in range(0, len(words), per_block):
         block = words[start : start + per_block]
@@ -112,7 +140,7 @@ def join(planes: Sequence[Bytes | memoryview], out: Bytes, *, rotated: bool) -> 
     if w == 1 and not rotated:
         np.copyto(out, arrays[0])
         return
-    words = out.view(_WORDS[w])
+    words = out.view(WORDS[w])
     arrays = [np.broadcast_to(p, len(words)) if len(p) == 1 else p for p in arrays]
     per_block = BLOCK_NBYTES // w
     for start in range(0, len(words), per_block):

@@ -6,10 +6,9 @@ them on a sample; a `Hint` remembers for a series what was chosen.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import zstandard
@@ -79,6 +78,7 @@ _OF_BYTES: Final = (_ENTROPY, _ENTROPY_8K, _LEVEL_1, LEVEL_3, _LAZY)
 
 # A slower setting has to save this fraction of what the faster ones leave.
 _PAYS: Final = {
+    RAW: 0,
     _ENTROPY: 1 / 64,
     _ENTROPY_8K: 1 / 64,
     _LEVEL_1: 1 / 64,
@@ -93,6 +93,8 @@ _FAR: Final = 0.85  # words that leave so much less than planes will not be beat
 _REPEATS: Final = 0.7  # if level 1 leaves less of words, higher levels may find much more
 _WHOLE_PAYS: Final = 0.98
 _ROTATION_PAYS: Final = 0.997  # it costs a tenth of the time to encode, more to decode
+_SPARSE_PAYS: Final = 0.98
+_LEAST_ZEROS: Final = 1 / 16  # of the words: with fewer a map takes what leaving them out gives
 
 _FIRST_INTERVAL_NBYTES: Final = 32 * 1024 * 1024
 _LAST_INTERVAL_NBYTES: Final = 256 * 1024 * 1024
@@ -106,30 +108,39 @@ _FIRST_PAUSE_NBYTES: Final = 2 * 1024 * 1024  # a sample costs as much as encodi
 _GROWTH: Final = 4
 
 
-_Run = tuple[bool, int]  # whether rotated, number of the plane; the whole chunk is plane -1
-Sample = Mapping[_Run, Mapping[int, float]]
-"""The fraction that remains of each run, by setting: of those that were worth trying."""
+_PLAIN: Final = 0
+_ROTATED: Final = layout.PLANES_ROTATED
+_WIDE: Final = layout.PLANES_WIDE
+_SPARSE: Final = 4
 
-_WHOLE: Final = (False, -1)
+_Run = tuple[int, int]  # how words are cut, and number of the plane; that of a map is w
+Sample = Mapping[_Run, Mapping[int, float]]
+"""What is left of each run, by setting: of those that were worth trying.
+
+As a fraction of a plane of all words, or of the whole chunk.
+"""
+
+_WHOLE: Final = (_PLAIN, -1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """What samples said: codec, and a setting for the whole chunk or for each plane."""
+    """What samples said: codec, and a setting for the whole chunk or for each plane (and a map)."""
 
     codec: int
     settings: tuple[int, ...]
-    rotated: bool
+    flags: int
+    word_nbytes: int
     expected: float
     sampled_nbytes: int
     samples: tuple[Sample, ...]
 
     def agrees(self, other: Choice) -> bool:
         """Say whether both store chunks in the same way."""
-        return (self.codec, self.settings, self.rotated) == (
+        return (self.codec, self.settings, self.flags) == (
             other.codec,
             other.settings,
-            other.rotated,
+            other.flags,
         )
 
 
@@ -157,14 +168,14 @@ class Hint:
         self._nbytes = 0
         self._chunks = 0
 
-    def usable(self, nbytes: int, nsettings: int) -> Choice | None:
+    def usable(self, nbytes: int, word_nbytes: int) -> Choice | None:
         """Give what was chosen, if that will do for a chunk of words of so many bytes."""
         choice = self._choice
         if (
             choice is None
             or self._nbytes >= self._interval
             or nbytes >= _GROWTH * choice.sampled_nbytes
-            or (choice.codec == layout.CODEC_PLANES and len(choice.settings) != nsettings)
+            or choice.word_nbytes != word_nbytes
             or self._is_unsure(choice)
         ):
             return None
@@ -214,63 +225,119 @@ def choose(raw: _Bytes, dtype: str, zstd: Compressors, earlier: Sequence[Sample]
     like_it = [other for other in earlier if other.keys() == sample.keys()]
     samples = (*like_it[1 - _SAMPLES :], sample)
     mean = _mean(samples)
-    best: tuple[int, tuple[int, ...], bool] = (layout.CODEC_RAW, (), False)
+    best: tuple[int, tuple[int, ...], int] = (layout.CODEC_RAW, (), 0)
     least = 1 - _PAYS[_ENTROPY]  # what anything else has to beat
-    for rotated in (False, True):
-        runs = [mean.get((rotated, i)) for i in range(w)] if w > 1 else [None]
-        chosen = [_choose_one(run) for run in runs if run is not None]
-        if len(chosen) < w or not any(setting for setting, _ in chosen):
+    for cut in sorted({cut for cut, plane in mean if plane >= 0}):
+        chosen = [_choose_one(mean[cut, plane]) for plane in range(_count(w, cut))]
+        settings = tuple(setting for setting, _ in chosen)
+        if not cut & _SPARSE and not any(settings):
             continue
-        head = layout.PLANES_HEADER_NBYTES + 4 * w
+        head = layout.PLANES_HEADER_NBYTES + 4 * len(chosen)
         expected = sum(remains for _, remains in chosen) / w + head / raw.nbytes
-        if expected < least * (_ROTATION_PAYS if rotated else 1):
-            best, least = (layout.CODEC_PLANES, tuple(s for s, _ in chosen), rotated), expected
+        if expected < least * _pays(cut):
+            codec = layout.CODEC_SPARSE if cut & _SPARSE else layout.CODEC_PLANES
+            best, least = (codec, settings, cut & ~_SPARSE), expected
     setting, expected = _choose_one(mean[_WHOLE])
     if expected < least * _WHOLE_PAYS:
-        best, least = (layout.CODEC_ZSTD, (setting,), False), expected
+        best, least = (layout.CODEC_ZSTD, (setting,), 0), expected
     return Choice(
         codec=best[0],
         settings=best[1],
-        rotated=best[2],
+        flags=best[2],
+        word_nbytes=w,
         expected=least,
         sampled_nbytes=raw.nbytes,
         samples=samples,
     )
 
 
+def _count(w: int, cut: int) -> int:
+    """Give the number of runs into which words of w bytes are cut."""
+    if cut & _WIDE:
+        return w // 2
+    return w + 1 if cut & _SPARSE else w
+
+
+def _pays(cut: int) -> float:
+    """Give the fraction to which a cut has to bring what simpler ones leave."""
+    return (_ROTATION_PAYS if cut & _ROTATED else 1) * (_SPARSE_PAYS if cut & _SPARSE else 1)
+
+
+class _Part(NamedTuple):
+    """A run of a sample, its length as a fraction of the words, and what was tried on it."""
+
+    data: _Bytes
+    length: float
+    found: dict[int, float]
+
+    @property
+    def remains(self) -> dict[int, float]:
+        return {RAW: self.length, **{n: self.length * x for n, x in self.found.items()}}
+
+
 def _look(raw: _Bytes, dtype: str, zstd: Compressors) -> Sample:
     w = dtypes.word_nbytes(dtype)
     sample = _sample(raw, max(1, dtypes.itemsize(dtype)))
+    parts = _cut(sample, dtype) if w else {}
+    for part in parts.values():
+        _try(part.data, zstd, _FAST_OF_PLANES, part.found)
+    remains = _remains(parts, w)
     if w <= 1:
-        return {_WHOLE: _try(sample, zstd, _OF_BYTES)}
-    cut: dict[_Run, _Bytes] = {}
-    for rotated in (False,) if dtypes.is_integer(dtype) else (False, True):
-        planes_of_it = list(np.empty((w, len(sample) // w), np.uint8))
-        planes.split(sample, planes_of_it, rotated=rotated)
-        cut.update({(rotated, i): plane for i, plane in enumerate(planes_of_it)})
-    found: dict[_Run, dict[int, float]]
-    found = {run: _try(plane, zstd, _FAST_OF_PLANES) for run, plane in cut.items()}
+        whole = _try(sample, zstd, _OF_BYTES)
+        _try_slow(parts, remains, zstd)
+        return {**{run: part.remains for run, part in parts.items()}, _WHOLE: whole}
     whole = {_LEVEL_1: len(zstd[_LEVEL_1].compress(sample.data)) / len(sample)}
-    remains = _remains(found, w)
     if whole[_LEVEL_1] > min(remains.values()) * _FAR:  # else slower settings do not help planes
-        # They help both in the same way, so they are tried on the one that is better.
-        better = remains.get(True, math.inf) < remains[False] * _ROTATION_PAYS
-        for i in range(w):
-            _try(cut[better, i], zstd, _SLOW_OF_PLANES, found[better, i])
-    least = min(_remains(found, w).values())
+        _try_slow(parts, remains, zstd)
+    least = min(_remains(parts, w).values())
     # What is not made smaller by finding words again is better as planes.
     if whole[_LEVEL_1] <= max(least * _HOPELESS, _REPEATS):
         whole = {**_try(sample, zstd, (_ENTROPY,)), **whole}  # from fast to slow
         _try(sample, zstd, (LEVEL_3,), whole)
-    return {**found, _WHOLE: whole}
+    return {**{run: part.remains for run, part in parts.items()}, _WHOLE: whole}
 
 
-def _remains(found: Mapping[_Run, Mapping[int, float]], w: int) -> dict[bool, float]:
-    """Give what remains of all planes at best, not rotated and rotated."""
-    remains = dict.fromkeys((rotated for rotated, _ in found), 0.0)
-    for (rotated, _), fractions in found.items():
-        remains[rotated] += min(fractions.values()) / w
+def _cut(sample: _Bytes, dtype: str) -> dict[_Run, _Part]:
+    """Cut words into planes in all ways that may pay."""
+    w = dtypes.word_nbytes(dtype)
+    words = sample.view(planes.WORDS[w])
+    is_there = words != 0
+    found = {_PLAIN: sample} if w > 1 else {}
+    bits = None
+    if 0 < np.count_nonzero(is_there) <= (1 - _LEAST_ZEROS) * len(words):
+        found[_SPARSE] = words[is_there].view(np.uint8)
+        bits = np.packbits(is_there, bitorder="little")
+    parts = {}
+    for how, left in found.items():
+        for rotated in (0,) if w == 1 or dtypes.is_integer(dtype) else (0, _ROTATED):
+            cut = list(np.empty((w, len(left) // w), np.uint8))
+            planes.split(left, cut, rotated=bool(rotated))
+            if how == _SPARSE and bits is not None:
+                cut.append(bits)
+            for plane, data in enumerate(cut):
+                parts[how | rotated, plane] = _Part(data, len(data) / len(words), {})
+    if w >= 4 and dtypes.is_integer(dtype):  # what finds words again finds more in pairs of bytes
+        cut = list(np.empty((w // 2, 2 * len(words)), np.uint8))
+        planes.split_wide(sample, cut)
+        for plane, data in enumerate(cut):
+            parts[_WIDE, plane] = _Part(data, 2.0, {})
+    return parts
+
+
+def _remains(parts: Mapping[_Run, _Part], w: int) -> dict[int, float]:
+    """Give what remains of all planes at best, by how they are cut."""
+    remains = dict.fromkeys((cut for cut, _ in parts), 0.0)
+    for (cut, _), part in parts.items():
+        remains[cut] += min(part.remains.values()) / w
     return remains
+
+
+def _try_slow(parts: Mapping[_Run, _Part], remains: Mapping[int, float], zstd: Compressors) -> None:
+    """Try slower settings on the cut that is best so far: they help all of them in the same way."""
+    best = min(remains, key=lambda cut: remains[cut] / _pays(cut), default=None)
+    for (cut, _), part in parts.items():
+        if cut == best:
+            _try(part.data, zstd, _SLOW_OF_PLANES, part.found)
 
 
 def _try(
@@ -310,7 +377,7 @@ def _mean(samples: Sequence[Sample]) -> Sample:
 
 def _choose_one(fractions: Mapping[int, float]) -> tuple[int, float]:
     """Choose how to store a run of bytes; give the fraction of it that remains."""
-    best, remains = RAW, 1.0
+    best, remains = RAW, fractions.get(RAW, 1.0)
     for setting, fraction in fractions.items():
         if fraction < remains * (1 - _PAYS[setting]):
             best, remains = setting, fraction

@@ -56,16 +56,23 @@ def test_what_was_encoded_comes_back(
     np.testing.assert_array_equal(raw, before)
 
 
-@given(chunks(), st.booleans(), st.data())
+@given(chunks(), st.sampled_from([0, layout.PLANES_ROTATED]), st.data())
 def test_planes_come_back_whatever_the_settings(
-    chunk: tuple[str, np.ndarray], rotated: bool, data: st.DataObject
+    chunk: tuple[str, np.ndarray], flags: int, data: st.DataObject
 ) -> None:
     dtype, raw = chunk
     w = dtypes.word_nbytes(dtype)
-    settings = tuple(data.draw(st.integers(0, 3)) for _ in range(w))
-    encoded = encoder("auto")._encode_planes(raw, settings, rotated=rotated)
+    settings = tuple(data.draw(st.integers(0, 3)) for _ in range(w + 1))
+    auto = encoder("auto")
+    encoded = [auto._encode_planes(raw, settings[:w], flags)]
+    if w >= 4:
+        encoded.append(auto._encode_planes(raw, settings[: w // 2], layout.PLANES_WIDE))
     if raw.nbytes:
-        assert comes_back(encoded, raw, dtype)
+        zeros = raw.reshape(-1, w).copy()
+        zeros[data.draw(st.integers(0, 3)) :: data.draw(st.integers(1, 3))] = 0
+        encoded.append(auto._encode_sparse(raw, settings, flags))
+        assert comes_back(auto._encode_sparse(zeros.reshape(-1), settings, flags), zeros, dtype)
+        assert all(comes_back(one, raw, dtype) for one in encoded)
 
 
 @given(st.lists(chunks(max_elements=3000), min_size=1, max_size=8))
@@ -118,9 +125,14 @@ def small_payloads() -> list[tuple[str, str, codec.Encoded, int]]:
     text = np.frombuffer(pack_strings(["loss", "accuracy"] * 9), np.uint8)
     # Planes that are not constant but compress: each frame is short.
     sparse = np.arange(240, dtype=np.uint8) // 80
+    rotated = layout.PLANES_ROTATED
     return [
-        ("planes", "float32", auto._encode_planes(sparse, (1, 2, 0, 3), rotated=True), 240),
-        ("planes", "complex64", auto._encode_planes(sparse, (3, 0, 1, 0), rotated=False), 240),
+        ("planes", "float32", auto._encode_planes(sparse, (1, 2, 0, 3), rotated), 240),
+        ("planes", "complex64", auto._encode_planes(sparse, (3, 0, 1, 0), 0), 240),
+        ("planes", "int64", auto._encode_planes(sparse, (3, 0, 1, 0), layout.PLANES_WIDE), 240),
+        ("sparse", "float32", auto._encode_sparse(sparse, (1, 2, 0, 3, 0), rotated), 240),
+        ("sparse", "uint16", auto._encode_sparse(sparse, (1, 0, 3), 0), 240),
+        ("sparse", "bool", auto._encode_sparse(sparse & 1, (0, 3), 0), 240),
         ("zstd", "float32", auto._encode_whole(sparse, 3), 240),
         ("zstd", "string", auto._encode_whole(text, 2), len(text)),
         ("constant", "float64", auto.encode(np.zeros(240, np.uint8), dtype="float64"), 240),

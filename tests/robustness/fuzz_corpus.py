@@ -41,6 +41,8 @@ def values(step: int, *, seed: int = 0) -> dict[str, Any]:
         "frozen": np.arange(70, dtype=np.float32) + seed,
         "varies": np.arange(40 * (step + 1), dtype=np.uint8),
         "texts": ["a" * 9, "ü" * step, "b" * 2],
+        "sparse": np.where(rng.random(120) < 0.2, _planes(rng, 120), 0).astype(np.float32),
+        "wide": np.tile(rng.integers(0, 30_000, 12), 12),
     }
     if step == 0:
         return every

@@ -373,8 +373,12 @@ def _payloads() -> list[tuple[int, str, int, int, bytes]]:
     auto, squeezed = codec.Encoder(), codec.Encoder("zstd")
     made = [
         ("float32", 1, floats, auto.encode(floats, dtype="float32")),
-        ("complex64", 1, sparse, auto._encode_planes(sparse, (3, 0, 1, 0), rotated=True)),
-        ("float32", 1, sparse, auto._encode_planes(sparse, (1, 2, 0, 3), rotated=False)),
+        ("complex64", 1, sparse, auto._encode_planes(sparse, (3, 0, 1, 0), 1)),
+        ("float32", 1, sparse, auto._encode_planes(sparse, (1, 2, 0, 3), 0)),
+        ("int64", 1, sparse, auto._encode_planes(sparse, (3, 0, 1, 0), layout.PLANES_WIDE)),
+        ("float32", 1, sparse, auto._encode_sparse(sparse, (1, 2, 0, 3, 0), 1)),
+        ("bfloat16", 1, sparse, auto._encode_sparse(sparse, (1, 0, 3), 0)),
+        ("bool", 1, sparse & 1, auto._encode_sparse(sparse & 1, (0, 3), 0)),
         ("uint8", 1, sparse, squeezed.encode(sparse, dtype="uint8")),
         ("string", 1, text, squeezed.encode(text, dtype="string")),
         ("float64", 1, sparse, auto.encode(np.zeros(240, np.uint8), dtype="float64")),

@@ -121,6 +121,13 @@ def planes_chunk() -> None:
     assert run["x"].read(step=0, index=np.s_[-2:]).tolist() == [9, 9]
 
 
+def sparse_chunk() -> None:
+    """128 MiB in 14 bytes: the map is one byte, and so is what it leaves."""
+    payload = bytes([0, 1, 0, 0]) + 2 * (1).to_bytes(4, "little") + b"\x09\xf0"
+    run = _with_chunk(layout.CODEC_SPARSE, payload)
+    assert run["x"].read(step=0, index=np.s_[-6:]).tolist() == [0, 0, 9, 9, 9, 9]
+
+
 def planes_chunk_that_lies() -> None:
     """A plane whose frame says another length than the plane has."""
     for size in (0, 1000, 2**40):
@@ -244,8 +251,8 @@ def sparse_head() -> None:
 
 CASES: list[tuple[Callable[[], None], int]] = [
     (page_of_zeros, 128), (page_above_limit, 128), (frame_that_lies, 64), (zstd_chunk, 600),
-    (constant_chunk, 400), (planes_chunk, 400), (planes_chunk_that_lies, 400), (lz4_page, 64),
-     (zstd_chunk_with_window, 600), (steps_beyond_listing, 256),
+    (constant_chunk, 400), (planes_chunk, 400), (planes_chunk_that_lies, 400), (sparse_chunk, 600),
+    (lz4_page, 64), (zstd_chunk_with_window, 600), (steps_beyond_listing, 256),
     (many_series, 1024), (many_names, 1024), (attrs_of_lists, 1024), (sparse_head, 2048),
 ]  # fmt: skip
 

@@ -1,9 +1,10 @@
-"""Payloads and raw chunks ("7.2 Raw chunks", "7.4 Codecs", "7.5 planes", "7.6 delta")."""
+"""Payloads and raw chunks ("7.2 Raw chunks", "7.4 Codecs" to "7.6 delta")."""
 
 from __future__ import annotations
 
 import itertools
 import struct
+from collections.abc import Sequence
 
 import numpy as np
 import zstandard
@@ -30,7 +31,7 @@ def unzstd(frame: bytes, nbytes: int) -> bytes:
 def decode_payload(codec: int, payload: bytes, dtype: str, raw_nbytes: int, rows: int) -> bytes:
     """Give the raw chunk of a payload that holds `rows` steps ("7.4 Codecs")."""
     need(dtype in DTYPES, dtype, "unknown_dtype")
-    need(codec in (0, 1, 2, 3, 4), f"codec {codec}", "unknown_codec")
+    need(codec in (0, 1, 2, 3, 4, 5), f"codec {codec}", "unknown_codec")
     need(raw_nbytes <= MAX_CHUNK_RAW_NBYTES, "raw_nbytes", "limit")
     need(len(payload) <= MAX_CHUNK_NBYTES, "nbytes", "limit")
     need(raw_nbytes or (codec == 0 and not payload), "an empty chunk has codec 0, no payload")
@@ -42,6 +43,8 @@ def decode_payload(codec: int, payload: bytes, dtype: str, raw_nbytes: int, rows
         raw = unzstd(payload, raw_nbytes)
     elif codec == 3:
         raw = _decode_planes(payload, dtype, raw_nbytes)
+    elif codec == 5:
+        raw = _decode_sparse(payload, dtype, raw_nbytes)
     else:
         raw = _decode_delta(payload, dtype, raw_nbytes, rows)
     need(len(raw) == raw_nbytes, "decoded length is not raw_nbytes")
@@ -55,21 +58,56 @@ def _decode_constant(payload: bytes, dtype: str, raw_nbytes: int) -> bytes:
 
 
 def _decode_planes(payload: bytes, dtype: str, raw_nbytes: int) -> bytes:
+    width = _word_nbytes(payload, dtype)
+    unit = 2 if width >= 4 and payload[0] & 2 else 1
+    rotated, sizes = _planes_header(payload, width, width // unit, raw_nbytes, unit)
+    q = raw_nbytes // width * unit
+    need(all(1 <= size <= q for size in sizes), "planes: length of a plane")
+    return _words(payload[4 + 4 * len(sizes) :], sizes, q, width, rotated=rotated)
+
+
+def _decode_sparse(payload: bytes, dtype: str, raw_nbytes: int) -> bytes:
+    width = _word_nbytes(payload, dtype)
+    rotated, (*sizes, size) = _planes_header(payload, width, width + 1, raw_nbytes, 1)
+    n = raw_nbytes // width
+    need(1 <= size <= -(-n // 8), "sparse: length of the map")
+    packed = _plane(payload[len(payload) - size :], -(-n // 8))
+    bits = [packed[i // 8] >> i % 8 & 1 for i in range(n)]
+    m = sum(bits)
+    need(all((m > 0) <= each <= max(m, 1) for each in sizes), "sparse: length of a plane")
+    planes = payload[8 + 4 * width :]
+    words = _words(planes, sizes, m, width, rotated=rotated) if m else b""
+    left = iter([words[i : i + width] for i in range(0, len(words), width)])
+    return b"".join(next(left) if bit else bytes(width) for bit in bits)
+
+
+def _word_nbytes(payload: bytes, dtype: str) -> int:
     need(dtype != "string" and len(payload) >= 4, "planes of strings, or too short")
-    width = DTYPES[dtype].itemsize // (2 if dtype.startswith("complex") else 1)
-    start, (flags, w) = 4 + 4 * width, payload[:2]
-    need(flags < 2 and w == width and payload[2:4] == b"\0\0", "planes header")
+    return DTYPES[dtype].itemsize // (2 if dtype.startswith("complex") else 1)
+
+
+def _planes_header(
+    payload: bytes, width: int, count: int, raw_nbytes: int, unit: int
+) -> tuple[bool, tuple[int, ...]]:
+    start, (flags, w) = 4 + 4 * count, payload[:2]
+    known = unit | 1  # wide, if that is what it is
+    need(not flags & ~known and w == width and payload[2:4] == b"\0\0", "planes header")
     need(raw_nbytes % width == 0 and len(payload) >= start, "planes: lengths")
-    n, sizes = raw_nbytes // width, struct.unpack_from(f"<{width}I", payload, 4)
-    need(all(1 <= size <= n for size in sizes), "planes: length of a plane")
+    sizes = struct.unpack_from(f"<{count}I", payload, 4)
     need(len(payload) == start + sum(sizes), "planes: length of the payload")
-    words = np.empty((n, width), np.uint8)
+    return bool(flags & 1), sizes
+
+
+def _words(stored: bytes, sizes: Sequence[int], q: int, width: int, *, rotated: bool) -> bytes:
+    unit, start = width // len(sizes), 0
+    words = np.empty((q // unit, len(sizes), unit), np.uint8)
     for i, size in enumerate(sizes):
-        words[:, i] = np.frombuffer(_plane(payload[start : start + size], n), np.uint8)
+        plane = np.frombuffer(_plane(stored[start : start + size], q), np.uint8)
+        words[:, i] = plane.reshape(-1, unit)
         start += size
-    if flags & 1:
-        x = words.view(f"<u{width}")
-        words = ((x >> 1) | (x << (8 * width - 1))).astype(f"<u{width}")
+    if rotated:
+        x = words.reshape(-1, width).view(f"<u{width}")
+        return ((x >> 1) | (x << (8 * width - 1))).astype(f"<u{width}").tobytes()
     return words.tobytes()
 
 
