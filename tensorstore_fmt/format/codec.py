@@ -192,7 +192,8 @@ class Encoder:
             head = _HEADS[2]
             first, lengths, stored = self._room(head.size), [1], [b"\1"]
         else:
-            left = words[is_there].view(np.uint8)
+            # By number: where zeros come at random, masks take five times as long.
+            left = words.take(np.flatnonzero(is_there)).view(np.uint8)
             head, first, lengths, stored = self._cut(left, of_planes, w + 1, flags)
         stored.append(self._encode_plane(np.packbits(is_there, bitorder="little"), of_map))
         lengths.append(len(stored[-1]))
@@ -445,7 +446,7 @@ def _decode_sparse(data: memoryview, out: _Bytes, w: int, span: tuple[int, int])
     left = np.empty(w * n_there, np.uint8)
     planes.join(cut, left, rotated=rotated)
     words[:] = 0
-    words[is_there] = left.view(words.dtype)
+    words[np.flatnonzero(is_there)] = left.view(words.dtype)
 
 
 def _head(

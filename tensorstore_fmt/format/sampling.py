@@ -305,7 +305,7 @@ def _cut(sample: _Bytes, dtype: str) -> dict[_Run, _Part]:
     found = {_PLAIN: sample} if w > 1 else {}
     bits = None
     if 0 < np.count_nonzero(is_there) <= (1 - _LEAST_ZEROS) * len(words):
-        found[_SPARSE] = words[is_there].view(np.uint8)
+        found[_SPARSE] = words.take(np.flatnonzero(is_there)).view(np.uint8)
         bits = np.packbits(is_there, bitorder="little")
     parts = {}
     for how, left in found.items():

@@ -102,7 +102,8 @@ def test_covered_segments_of_a_damaged_one_are_kept(tmp_path: Path) -> None:
     (path,) = merged(folder)
     zero(path, 100, 1 << 20)
     covered = {p.name for p in segments(folder) if p.name.split("-")[3] <= path.name.split("-")[3]}
-    assert len(covered) == 9
+    # Itself, and as many as it says: how many there are when a merge begins depends on the machine.
+    assert len(covered) == int(path.name.split("-")[4][:12]) + 1 >= 9
     report = compact(folder)
     assert not report.ok
     assert {p.name for p in segments(folder)} >= covered
