@@ -238,7 +238,8 @@ def choose(raw: _Bytes, dtype: str, zstd: Compressors, earlier: Sequence[Sample]
             codec = layout.CODEC_SPARSE if cut & _SPARSE else layout.CODEC_PLANES
             best, least = (codec, settings, cut & ~_SPARSE), expected
     setting, expected = _choose_one(mean[_WHOLE])
-    if expected < least * _WHOLE_PAYS:
+    # One frame takes longer than planes to decode, and less long than words without zeros.
+    if expected < least * (1 / _WHOLE_PAYS if best[0] == layout.CODEC_SPARSE else _WHOLE_PAYS):
         best, least = (layout.CODEC_ZSTD, (setting,), 0), expected
     return Choice(
         codec=best[0],
