@@ -92,6 +92,7 @@ _HOPELESS: Final = 1.05  # a level that leaves so much more than the best: nor d
 _FAR: Final = 0.85  # words that leave so much less than planes will not be beaten by them
 _REPEATS: Final = 0.7  # if level 1 leaves less of words, higher levels may find much more
 _WHOLE_PAYS: Final = 0.98
+_WHOLE_FOR_SPARSE: Final = 1.05  # one frame is made and read faster than words without zeros
 _ROTATION_PAYS: Final = 0.997  # it costs a tenth of the time to encode, more to decode
 _SPARSE_PAYS: Final = 0.98
 _LEAST_ZEROS: Final = 1 / 16  # of the words: with fewer a map takes what leaving them out gives
@@ -238,8 +239,7 @@ def choose(raw: _Bytes, dtype: str, zstd: Compressors, earlier: Sequence[Sample]
             codec = layout.CODEC_SPARSE if cut & _SPARSE else layout.CODEC_PLANES
             best, least = (codec, settings, cut & ~_SPARSE), expected
     setting, expected = _choose_one(mean[_WHOLE])
-    # One frame takes longer than planes to decode, and less long than words without zeros.
-    if expected < least * (1 / _WHOLE_PAYS if best[0] == layout.CODEC_SPARSE else _WHOLE_PAYS):
+    if expected < least * (_WHOLE_FOR_SPARSE if best[0] == layout.CODEC_SPARSE else _WHOLE_PAYS):
         best, least = (layout.CODEC_ZSTD, (setting,), 0), expected
     return Choice(
         codec=best[0],
