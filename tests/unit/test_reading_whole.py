@@ -105,6 +105,20 @@ def test_any_number_of_threads(
     assert all(reads)
 
 
+@pytest.mark.parametrize("compression", ["none", "auto"])
+def test_one_large_chunk(tmp_path: Path, reads: Reads, compression: str) -> None:
+    """Small ones are read by `read_located`; this needs no plan either."""
+    value = normal((600, 1000))
+    chunks = {"*": (None, None)}
+    with tsf.create_run(tmp_path / "run", compression=compression, chunks=chunks) as run:
+        run.log({"x": value, "small": value[:100]}, step=3)
+    with tsf.open_run(tmp_path / "run") as run:
+        np.testing.assert_array_equal(run["small"].read(step=3), value[:100])
+        assert reads == []
+        np.testing.assert_array_equal(run["x"].read(step=3), value)
+    assert reads == [True]
+
+
 def test_neighbours_are_read_together() -> None:
     key = layout.WriterKey(worker=0, attempt=0, writer=1)
     shards = [(layout.ShardName(key=key, number=i), 10_000) for i in range(2)]
