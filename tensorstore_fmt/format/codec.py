@@ -10,7 +10,7 @@ import struct
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 import crc32c
 import numpy as np
@@ -76,6 +76,22 @@ class Encoded:
     def to_bytes(self) -> bytes:
         """Give the payload in one piece."""
         return b"".join(self.parts)
+
+
+class _Cut(NamedTuple):
+    """Words, cut into planes.
+
+    Attributes
+    ----------
+    first
+        Room for a header, and behind it the first planes, stored as they are.
+    lengths, stored
+        The stored length of each plane, and those that are not in `first`.
+    """
+
+    first: _Bytes
+    lengths: list[int]
+    stored: list[bytes]
 
 
 def _new(nbytes: int) -> _Bytes:
@@ -175,13 +191,9 @@ class Encoder:
         return _encoded(layout.CODEC_ZSTD, frame)
 
     def _encode_planes(self, raw: _Bytes, settings: Sequence[int], flags: int) -> Encoded:
-        head, first, lengths, stored = self._cut(raw, settings, len(settings), flags)
-        if head.size + sum(lengths) >= raw.nbytes:
-            return _encoded(layout.CODEC_RAW, raw.data)
+        cut = self._cut(raw, settings, len(settings), flags)
         w = len(settings) * (2 if flags & layout.PLANES_WIDE else 1)
-        head.pack_into(first.data, 0, flags, w, 0, *lengths)
-        self._used += -(-len(first) // 64) * 64
-        return _encoded(layout.CODEC_PLANES, first.data, *stored)
+        return self._put_together(cut, raw, codec=layout.CODEC_PLANES, flags=flags, w=w)
 
     def _encode_sparse(self, raw: _Bytes, settings: Sequence[int], flags: int) -> Encoded:
         *of_planes, of_map = settings
@@ -189,40 +201,33 @@ class Encoder:
         words = raw.view(planes.WORDS[w])
         is_there = words != 0
         if w == 1 and not flags and np.array_equal(is_there.view(np.uint8), raw):  # only ones
-            head = _HEADS[2]
-            first, lengths, stored = self._room(head.size), [1], [b"\1"]
+            cut = _Cut(self._room(_HEADS[2].size), [1], [b"\1"])
         else:
             # By number: where zeros come at random, masks take five times as long.
             left = words.take(np.flatnonzero(is_there)).view(np.uint8)
-            head, first, lengths, stored = self._cut(left, of_planes, w + 1, flags)
-        stored.append(self._encode_plane(np.packbits(is_there, bitorder="little"), of_map))
-        lengths.append(len(stored[-1]))
-        if head.size + sum(lengths) >= raw.nbytes:
+            cut = self._cut(left, of_planes, w + 1, flags)
+        cut.stored.append(self._encode_plane(np.packbits(is_there, bitorder="little"), of_map))
+        cut.lengths.append(len(cut.stored[-1]))
+        return self._put_together(cut, raw, codec=layout.CODEC_SPARSE, flags=flags, w=w)
+
+    def _put_together(self, cut: _Cut, raw: _Bytes, *, codec: int, flags: int, w: int) -> Encoded:
+        """Give the payload of planes, if it is shorter than the raw chunk."""
+        head = _HEADS[len(cut.lengths)]
+        if head.size + sum(cut.lengths) >= raw.nbytes:
             return _encoded(layout.CODEC_RAW, raw.data)
-        head.pack_into(first.data, 0, flags, w, 0, *lengths)
-        self._used += -(-len(first) // 64) * 64
-        return _encoded(layout.CODEC_SPARSE, first.data, *stored)
+        head.pack_into(cut.first.data, 0, flags, w, 0, *cut.lengths)
+        self._used += -(-len(cut.first) // 64) * 64
+        return _encoded(codec, cut.first.data, *cut.stored)
 
-    def _cut(
-        self, raw: _Bytes, settings: Sequence[int], nlengths: int, flags: int
-    ) -> tuple[struct.Struct, _Bytes, list[int], list[bytes]]:
-        """Cut words into planes.
-
-        Returns
-        -------
-        head
-            The form of a header with so many lengths.
-        first
-            Room for it, and behind it the first planes, stored as they are.
-        lengths, stored
-            The stored length of each plane, and those that are not in `first`.
-        """
+    def _cut(self, raw: _Bytes, settings: Sequence[int], nlengths: int, flags: int) -> _Cut:
+        """Cut words into planes, for a header with so many lengths."""
         count = len(settings)
         n = raw.nbytes // count
         # Planes that are stored as they are come first, as a rule: they are cut into their place.
-        leading = next((i for i, setting in enumerate(settings) if setting), count)
-        head = _HEADS[nlengths]
-        at = head.size
+        leading = 0
+        while leading < count and settings[leading] == sampling.RAW:
+            leading += 1
+        at = _HEADS[nlengths].size
         first = self._room(at + leading * n)
         scratch = self._scratch_of((count - leading) * n)
         cut = [first[at + i * n : at + (i + 1) * n] for i in range(leading)]
@@ -230,12 +235,12 @@ class Encoder:
         if flags & layout.PLANES_WIDE:
             planes.split_wide(raw, cut)
         else:
-            planes.split(raw, cut, rotated=bool(flags & layout.PLANES_ROTATED))
+            planes.split(raw, cut, rotated=flags & layout.PLANES_ROTATED != 0)
         stored = [
             self._encode_plane(plane, setting)
             for plane, setting in zip(cut[leading:], settings[leading:], strict=True)
         ]
-        return head, first, [n] * leading + [len(each) for each in stored], stored
+        return _Cut(first, [n] * leading + [len(each) for each in stored], stored)
 
     def _encode_plane(self, plane: _Bytes, setting: int) -> bytes:
         if setting == sampling.RAW:
@@ -425,7 +430,8 @@ def _decode_sparse(data: memoryview, out: _Bytes, w: int, span: tuple[int, int])
     if len(packed) == 1:
         packed = packed.repeat(-(-n // 8))
     is_there = np.unpackbits(packed, count=n, bitorder="little").view(np.bool_)
-    cut = _planes(data[at:], lengths, int(np.count_nonzero(is_there)))
+    begin, end = 0, int(np.count_nonzero(is_there))
+    cut = _planes(data[at:], lengths, end)
     if span != (0, len(out)):
         first, last = span[0] // w, -(-span[1] // w)
         begin = int(np.count_nonzero(is_there[:first]))
@@ -434,16 +440,15 @@ def _decode_sparse(data: memoryview, out: _Bytes, w: int, span: tuple[int, int])
         cut = [plane if len(plane) == 1 else plane[begin:end] for plane in cut]
         out = out[first * w : last * w]
     words = out.view(planes.WORDS[w])
-    n_there = int(np.count_nonzero(is_there))
-    if n_there == 0:
-        out[:] = 0
+    if begin == end:
+        words[:] = 0
         return
     if max(map(len, cut)) == 1:  # masks: all that is there is the same
         one = np.empty(w, np.uint8)
         planes.join(cut, one, rotated=rotated)
         np.multiply(is_there, one.view(words.dtype), out=words)
         return
-    left = np.empty(w * n_there, np.uint8)
+    left = np.empty(w * (end - begin), np.uint8)
     planes.join(cut, left, rotated=rotated)
     words[:] = 0
     words[np.flatnonzero(is_there)] = left.view(words.dtype)

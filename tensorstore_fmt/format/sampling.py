@@ -286,15 +286,15 @@ def _look(raw: _Bytes, dtype: str, zstd: Compressors) -> Sample:
     if w <= 1:
         whole = _try(sample, zstd, _OF_BYTES)
         _try_slow(parts, remains, zstd)
-        return {**{run: part.remains for run, part in parts.items()}, _WHOLE: whole}
-    whole = {_LEVEL_1: len(zstd[_LEVEL_1].compress(sample.data)) / len(sample)}
-    if whole[_LEVEL_1] > min(remains.values()) * _FAR:  # else slower settings do not help planes
-        _try_slow(parts, remains, zstd)
-    least = min(_remains(parts, w).values())
-    # What is not made smaller by finding words again is better as planes.
-    if whole[_LEVEL_1] <= max(least * _HOPELESS, _REPEATS):
-        whole = {**_try(sample, zstd, (_ENTROPY,)), **whole}  # from fast to slow
-        _try(sample, zstd, (LEVEL_3,), whole)
+    else:
+        whole = {_LEVEL_1: len(zstd[_LEVEL_1].compress(sample.data)) / len(sample)}
+        if whole[_LEVEL_1] > min(remains.values()) * _FAR:  # else they do not help planes
+            _try_slow(parts, remains, zstd)
+        least = min(_remains(parts, w).values())
+        # What is not made smaller by finding words again is better as planes.
+        if whole[_LEVEL_1] <= max(least * _HOPELESS, _REPEATS):
+            whole = {**_try(sample, zstd, (_ENTROPY,)), **whole}  # from fast to slow
+            _try(sample, zstd, (LEVEL_3,), whole)
     return {**{run: part.remains for run, part in parts.items()}, _WHOLE: whole}
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import crc32c
 import numpy as np
@@ -38,6 +38,9 @@ _OFFSET: Final = _FIELDS["offset"]
 _NBYTES: Final = _FIELDS["nbytes"]
 _RAW_NBYTES: Final = _FIELDS["raw_nbytes"]
 _CRC32C: Final = _FIELDS["crc32c"]
+
+Row: TypeAlias = tuple[Any, ...]
+"""One entry, its columns in their order."""
 
 _MOST_NBYTES: Final = 1024 * 1024  # of a payload, raw; beyond, the plan costs little
 
@@ -74,14 +77,21 @@ class Located(NamedTuple):
 
     @classmethod
     def of(
-        cls, source: Source, entries: Entries, at: int, *, inner: int, shape: tuple[int, ...]
+        cls,
+        source: Source,
+        entries: Entries,
+        at: int,
+        row: Row,
+        *,
+        inner: int,
+        shape: tuple[int, ...],
     ) -> Located:
-        """Wrap an entry that has a chunk with the whole tensor."""
-        row: tuple[Any, ...] = entries.rows[at].item()
-        kept = 1 if row[_FLAGS] & layout.ENTRY_REPEAT else row[_COUNT]
+        """Wrap an entry that has a chunk with the whole tensor; `row` is it, as a tuple."""
+        is_repeat = row[_FLAGS] & layout.ENTRY_REPEAT
         return cls(
             source, entries, at, row[_CODEC], row[_SHARD], row[_OFFSET], row[_NBYTES],
-            row[_RAW_NBYTES], row[_CRC32C], inner, kept, shape,
+            row[_RAW_NBYTES], row[_CRC32C], 0 if is_repeat else inner,
+            1 if is_repeat else row[_COUNT], shape,
         )  # fmt: skip
 
     @property
@@ -227,20 +237,14 @@ def _is_cut_up(source: Source) -> bool:
     return shape != grid and any(0 < g < n for n, g in zip(shape, grid, strict=True))
 
 
-def _located(where: AtStep, at: int, row: tuple[Any, ...]) -> Located | None:
+def _located(where: AtStep, at: int, row: Row) -> Located | None:
     inner, rest = divmod(where.step - row[_STEP], row[_STRIDE])
-    count = row[_COUNT]
-    if row[_CHUNK] or rest or not 0 <= inner < count or row[_CODEC] == layout.CODEC_DROPPED:
+    if row[_CHUNK] or rest or not 0 <= inner < row[_COUNT] or row[_CODEC] == layout.CODEC_DROPPED:
         return None
-    if row[_FLAGS] & layout.ENTRY_REPEAT:
-        inner, count = 0, 1
     series = where.source.series
-    if row[_RAW_NBYTES] != count * math.prod(series.shape) * dtypes.itemsize(series.dtype):
-        return None
-    return Located(
-        where.source, where.page.entries, at, row[_CODEC], row[_SHARD], row[_OFFSET],
-        row[_NBYTES], row[_RAW_NBYTES], row[_CRC32C], inner, count, series.shape,
-    )  # fmt: skip
+    found = Located.of(where.source, where.page.entries, at, row, inner=inner, shape=series.shape)
+    nbytes = math.prod(series.shape) * dtypes.itemsize(series.dtype)
+    return found if found.raw_nbytes == found.kept * nbytes else None
 
 
 def read_located(storage: Storage, located: Located) -> NDArray[Any] | None:

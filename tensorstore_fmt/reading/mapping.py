@@ -86,6 +86,7 @@ def _planned(
         found.source_of(entry),
         found.entries,
         entry,
+        found.entries.rows[entry].item(),
         inner=int(group.inner[0, 0]),
         shape=group.touched.boxes[0],
     )
